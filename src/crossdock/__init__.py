@@ -1,0 +1,46 @@
+"""crossdock: expert-parallel dispatch and combine of Mixture-of-Experts tokens.
+
+`Buffer` moves tokens to the ranks that own their experts and brings the outputs back. Differentiable
+operations are in `crossdock.autograd`, a complete layer in `crossdock.nn`. Importing does no work.
+"""
+
+from crossdock.buffer import Buffer, topk_idx_t
+from crossdock.config import Config
+from crossdock.errors import (
+    BufferTooSmallError,
+    ConfigError,
+    CrossdockError,
+    HandleError,
+    MissingDependencyError,
+    PeerRefusedError,
+    PeerTimeoutError,
+    RankMismatchError,
+    ShapeError,
+    TransportError,
+    UnsupportedError,
+)
+from crossdock.events import EventHandle, EventOverlap
+from crossdock.handle import Handle
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Buffer",
+    "BufferTooSmallError",
+    "Config",
+    "ConfigError",
+    "CrossdockError",
+    "EventHandle",
+    "EventOverlap",
+    "Handle",
+    "HandleError",
+    "MissingDependencyError",
+    "PeerRefusedError",
+    "PeerTimeoutError",
+    "RankMismatchError",
+    "ShapeError",
+    "TransportError",
+    "UnsupportedError",
+    "__version__",
+    "topk_idx_t",
+]

@@ -1,0 +1,61 @@
+"""The only reader of the process environment.
+
+Each variable is read when it is needed, never at import, and never written. Arguments given in
+code win over variables; `docs/environment.md` lists the same table (a test compares the two).
+"""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+__all__ = ["VARIABLES", "Variable", "debug", "first_call_timeout_s", "timeout_s", "transport"]
+
+
+class Variable(NamedTuple):
+    """One environment variable: its name, its default as text, what it means."""
+
+    name: str
+    default: str
+    meaning: str
+
+
+VARIABLES = (
+    Variable("CROSSDOCK_DEBUG", "0", "1: check that is_token_in_rank agrees with topk_idx"),
+    Variable(
+        "CROSSDOCK_FIRST_CALL_TIMEOUT_S",
+        "600",
+        "seconds a rank waits in the first call of each operation of a buffer; 0: for ever",
+    ),
+    Variable(
+        "CROSSDOCK_TIMEOUT_S",
+        "60",
+        "seconds a rank waits for its peers in every later call; 0: for ever",
+    ),
+    Variable("CROSSDOCK_TRANSPORT", "", "transport to take instead of the best that fits"),
+)
+
+
+def _read(name: str) -> str:
+    default = next(variable.default for variable in VARIABLES if variable.name == name)
+    return os.environ.get(name, default)
+
+
+def debug() -> bool:
+    """Whether expensive consistency checks are on."""
+    return _read("CROSSDOCK_DEBUG") not in ("", "0")
+
+
+def timeout_s() -> float:
+    """Steady-state deadline of a wait, in seconds (0: none)."""
+    return float(_read("CROSSDOCK_TIMEOUT_S"))
+
+
+def first_call_timeout_s() -> float:
+    """Deadline of a wait in the first use of an operation, in seconds (0: none)."""
+    return float(_read("CROSSDOCK_FIRST_CALL_TIMEOUT_S"))
+
+
+def transport() -> str | None:
+    """Name of the transport to use, or None to choose."""
+    return _read("CROSSDOCK_TRANSPORT") or None

@@ -1,0 +1,140 @@
+"""What callers may pass: checks of shapes and dtypes, made once, before anything is sent.
+
+Only what can be known without looking at values of a device is checked, so a check never waits.
+Whoever calls decides what to do about an error: the peers have to hear of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from crossdock import _env
+from crossdock.codec import Tokens, token_format
+from crossdock.errors import ConfigError, ShapeError
+from crossdock.handle import Handle
+from crossdock.routing import RoutingShare
+from crossdock.topology import num_local_experts
+
+__all__ = ["DispatchArguments", "check_combine", "check_tensor"]
+
+_COMBINED = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def check_tensor(
+    name: str,
+    value: torch.Tensor | None,
+    *,
+    dtype: torch.dtype,
+    shape: tuple[int | None, ...],
+) -> torch.Tensor:
+    """The tensor, if it has this dtype and shape; None in the shape stands for any length.
+
+    Raises:
+        ShapeError: it has not, or is missing.
+    """
+    sizes = ", ".join("any" if length is None else str(length) for length in shape)
+    expected = f"{str(dtype).removeprefix('torch.')} [{sizes}]"
+    if value is None:
+        raise ShapeError(name, got=None, expected=expected)
+    fits = value.dim() == len(shape) and all(
+        length in (None, have) for length, have in zip(shape, value.shape, strict=True)
+    )
+    if value.dtype != dtype or not fits:
+        got = f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+        raise ShapeError(name, got=got, expected=expected)
+    return value
+
+
+@dataclass(frozen=True)
+class DispatchArguments:
+    """The arguments of a first dispatch, as they came."""
+
+    is_token_in_rank: torch.Tensor | None
+    num_tokens_per_expert: torch.Tensor | None
+    topk_idx: torch.Tensor | None
+    topk_weights: torch.Tensor | None
+    expert_alignment: int
+    num_worst_tokens: int
+
+    def checked(self, x: Tokens, *, num_ranks: int) -> RoutingShare:
+        """What this rank will tell the others.
+
+        Raises:
+            ShapeError: a tensor has the wrong shape or dtype, or is missing.
+            ConfigError: arguments that do not go together.
+        """
+        token_format(x)
+        num_tokens = (x[0] if isinstance(x, tuple) else x).shape[0]
+        in_rank = check_tensor(
+            "is_token_in_rank",
+            self.is_token_in_rank,
+            dtype=torch.bool,
+            shape=(num_tokens, num_ranks),
+        )
+        per_expert = check_tensor(
+            "num_tokens_per_expert", self.num_tokens_per_expert, dtype=torch.int32, shape=(None,)
+        )
+        experts_here = num_local_experts(per_expert.shape[0], num_ranks)
+        self._check_numbers()
+        self._check_selection(num_tokens)
+        if _env.debug() and self.topk_idx is not None:
+            _check_presence(self.topk_idx, in_rank, experts_here)
+        idx = None if self.topk_idx is None else self.topk_idx.int()
+        return RoutingShare(in_rank, per_expert, idx, self.topk_weights)
+
+    def _check_numbers(self) -> None:
+        if self.expert_alignment < 1:
+            raise ShapeError("expert_alignment", got=self.expert_alignment, expected="1 or more")
+        if self.num_worst_tokens < 0:
+            raise ShapeError("num_worst_tokens", got=self.num_worst_tokens, expected="0 or more")
+        if self.num_worst_tokens and self.topk_idx is None:
+            raise ConfigError("num_worst_tokens needs topk_idx: padding rows are marked there")
+
+    def _check_selection(self, num_tokens: int) -> None:
+        if self.topk_idx is None:
+            if self.topk_weights is not None:
+                raise ConfigError("topk_weights were given without topk_idx")
+            return
+        check_tensor("topk_idx", self.topk_idx, dtype=torch.int64, shape=(num_tokens, None))
+        if self.topk_weights is not None:
+            shape = (num_tokens, self.topk_idx.shape[1])
+            check_tensor("topk_weights", self.topk_weights, dtype=torch.float32, shape=shape)
+
+
+def _check_presence(
+    topk_idx: torch.Tensor, is_token_in_rank: torch.Tensor, experts_here: int
+) -> None:
+    """Compare the two ways of saying where tokens go. Looks at values: for debugging."""
+    ranks = torch.arange(is_token_in_rank.shape[1], device=topk_idx.device)
+    owner = topk_idx.clamp(min=0) // experts_here
+    named = ((owner.unsqueeze(2) == ranks) & (topk_idx >= 0).unsqueeze(2)).any(1)
+    differing = (named != is_token_in_rank).any(1).nonzero().flatten()
+    if differing.numel():
+        raise ConfigError(
+            f"is_token_in_rank and topk_idx contradict each other, first in token "
+            f"{int(differing[0])}"
+        )
+
+
+def check_combine(
+    x: torch.Tensor,
+    handle: Handle,
+    topk_weights: torch.Tensor | None,
+    bias: Sequence[torch.Tensor],
+) -> None:
+    """Check the arguments of a combine.
+
+    Raises:
+        ShapeError: a tensor has the wrong shape or dtype.
+    """
+    if x.dim() != 2 or x.dtype not in _COMBINED:
+        got = f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}"
+        raise ShapeError("x", got=got, expected="bfloat16, float16 or float32 [rows, hidden]")
+    if topk_weights is not None:
+        shape = (x.shape[0], None)
+        check_tensor("topk_weights", topk_weights, dtype=torch.float32, shape=shape)
+    for term in bias:
+        check_tensor("bias", term, dtype=x.dtype, shape=(handle.num_tokens, x.shape[1]))

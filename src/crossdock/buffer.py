@@ -1,0 +1,469 @@
+"""`Buffer`: the names and tuples the world knows, without an algorithm of its own.
+
+Argument names, order, defaults and results are DeepEP's, so that its clients run unchanged. Each
+method checks shapes and dtypes, hands over to `exchange`, and dresses the result as a tuple.
+
+T tokens here, K top-k, H hidden, R ranks, E experts, L = E / R local experts, N rows received here.
+"""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import ClassVar
+
+import torch
+import torch.distributed as dist
+
+from crossdock import _env
+from crossdock.arguments import DispatchArguments, check_combine, check_tensor
+from crossdock.codec import AnyTokens, Tokens
+from crossdock.config import Config
+from crossdock.errors import (
+    ConfigError,
+    HandleError,
+    RankMismatchError,
+    ShapeError,
+    UnsupportedError,
+)
+from crossdock.events import EventHandle, EventOverlap
+from crossdock.exchange import Exchange
+from crossdock.formats import TokenFormat
+from crossdock.handle import Handle
+from crossdock.routing import dispatch_layout
+from crossdock.topology import Communicator, Topology
+from crossdock.transports import Limits, select
+from crossdock.transports.base import Operation
+from crossdock.transports.session import Session, Timeouts
+
+__all__ = ["Buffer", "topk_idx_t"]
+
+topk_idx_t = torch.int64
+"""dtype of `topk_idx`."""
+
+_Event = EventOverlap | EventHandle | None
+
+
+class Buffer:
+    """Dispatches MoE tokens to the ranks that own their experts, and combines what comes back.
+
+    Args:
+        group: torch process group of any backend. With neither `group` nor `comm`: the default
+            group if there is one, else a world of this rank alone.
+        num_nvl_bytes: memory to start with, in bytes; see `Config.get_nvl_buffer_size_hint`. The
+            buffer grows, on all ranks together, when calls need more.
+        num_rdma_bytes: accepted and kept; nothing is reserved between hosts.
+        low_latency_mode: not available in this version.
+        num_qps_per_rank, allow_nvlink_for_low_latency_mode, allow_mnnvl, use_fabric: accepted;
+            they concern hardware that is not used here.
+        explicitly_destroy: accepted; `destroy()` may always be called, and need not be.
+        enable_shrink: not available in this version.
+        comm: mpi4py-like communicator (`Get_rank`, `Get_size`, `allgather`) in place of `group`.
+        transport: name of the transport to use; None for the best that fits the group, which
+            `CROSSDOCK_TRANSPORT` overrides.
+        max_tokens_per_rank: tokens a rank to make room for in the first call already.
+        max_buffer_bytes: limit of the peer-addressable memory of a rank, in bytes; 0 for none.
+        timeout_s: seconds a wait for peers may last; 0 for ever; None for `CROSSDOCK_TIMEOUT_S`.
+        first_call_timeout_s: the same for the first call of each operation; None for
+            `CROSSDOCK_FIRST_CALL_TIMEOUT_S`.
+
+    Collective: all ranks of the group, with the same arguments except for the timeouts.
+    Sync: waits for all ranks, as long as the group itself does.
+    Lifetime: results stay valid after the buffer has gone. A context manager; `__del__` does not
+    communicate.
+
+    Raises:
+        ConfigError: impossible arguments.
+        RankMismatchError: the ranks were given different arguments.
+        UnsupportedError: no transport covers the group; with the reasons.
+    """
+
+    num_sms: ClassVar[int] = 20
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None = None,
+        num_nvl_bytes: int = 0,
+        num_rdma_bytes: int = 0,
+        low_latency_mode: bool = False,
+        num_qps_per_rank: float = 24,
+        allow_nvlink_for_low_latency_mode: bool = True,
+        allow_mnnvl: bool = False,
+        explicitly_destroy: bool = False,
+        enable_shrink: bool = False,
+        comm: Communicator | None = None,
+        *,
+        use_fabric: bool = False,
+        transport: str | None = None,
+        max_tokens_per_rank: int = 0,
+        max_buffer_bytes: int = 0,
+        timeout_s: float | None = None,
+        first_call_timeout_s: float | None = None,
+    ) -> None:
+        if low_latency_mode or enable_shrink:
+            raise UnsupportedError("low_latency_mode and enable_shrink are not in this version")
+        if max_buffer_bytes and num_nvl_bytes > max_buffer_bytes:
+            raise ConfigError(
+                f"num_nvl_bytes={num_nvl_bytes} is more than max_buffer_bytes={max_buffer_bytes}"
+            )
+        topology = Topology.discover(group, comm)
+        name = transport if transport is not None else _env.transport()
+        _check_same_arguments(
+            topology,
+            num_nvl_bytes=num_nvl_bytes,
+            max_tokens_per_rank=max_tokens_per_rank,
+            max_buffer_bytes=max_buffer_bytes,
+            transport=name,
+        )
+        self.group = topology.group if comm is None else comm
+        self.rank, self.group_size = topology.rank, topology.num_ranks
+        self.num_nvl_bytes, self.num_rdma_bytes = num_nvl_bytes, num_rdma_bytes
+        self.low_latency_mode, self.enable_shrink = low_latency_mode, enable_shrink
+        self.explicitly_destroy = explicitly_destroy
+        limits = Limits(start_bytes=num_nvl_bytes, max_bytes=max_buffer_bytes)
+        timeouts = Timeouts(
+            first_call_s=_given(first_call_timeout_s, _env.first_call_timeout_s()),
+            steady_s=_given(timeout_s, _env.timeout_s()),
+        )
+        self._session = Session(select(topology, limits, name=name), timeouts)
+        self._exchange = Exchange(topology, self._session, reserve_tokens=max_tokens_per_rank)
+
+    def get_dispatch_layout(
+        self,
+        topk_idx: torch.Tensor,
+        num_experts: int,
+        previous_event: _Event = None,
+        async_finish: bool = False,
+        allocate_on_comm_stream: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor, EventOverlap]:
+        """Count where this rank's tokens go.
+
+        Args:
+            topk_idx: [T, K] int64 expert ids; -1 selects nothing.
+            num_experts: E, experts of the whole group.
+            previous_event: what to wait for first.
+            async_finish: return an event instead of waiting.
+            allocate_on_comm_stream: accepted; results belong to the current stream.
+
+        Returns:
+            `(num_tokens_per_rank [R] int32, None, num_tokens_per_expert [E] int32,
+            is_token_in_rank [T, R] bool, event)`. A token counts once per rank, and for each
+            occurrence of an expert. The second is for traffic between hosts, which needs none.
+
+        Collective: no. Sync: does not wait for a device. Lifetime: the results are the caller's.
+
+        Raises:
+            ShapeError: not [T, K] int64, or E is no multiple of R, or an id is not below E.
+        """
+        _wait_for(previous_event)
+        check_tensor("topk_idx", topk_idx, dtype=topk_idx_t, shape=(None, None))
+        found = dispatch_layout(topk_idx, num_experts, self.group_size)
+        event = _event(async_finish, topk_idx)
+        per_rank, per_expert = found.num_tokens_per_rank, found.num_tokens_per_expert
+        return per_rank, None, per_expert, found.is_token_in_rank, event
+
+    def dispatch(
+        self,
+        x: AnyTokens,
+        handle: tuple[torch.Tensor, ...] | None = None,
+        num_tokens_per_rank: torch.Tensor | None = None,
+        num_tokens_per_rdma_rank: torch.Tensor | None = None,
+        is_token_in_rank: torch.Tensor | None = None,
+        num_tokens_per_expert: torch.Tensor | None = None,
+        topk_idx: torch.Tensor | None = None,
+        topk_weights: torch.Tensor | None = None,
+        expert_alignment: int = 1,
+        num_worst_tokens: int = 0,
+        config: Config | None = None,
+        previous_event: _Event = None,
+        async_finish: bool = False,
+        allocate_on_comm_stream: bool = False,
+    ) -> tuple[
+        AnyTokens,
+        torch.Tensor | None,
+        torch.Tensor | None,
+        list[int] | None,
+        Handle | None,
+        EventOverlap,
+    ]:
+        """Send every token to the ranks that own its experts, once per rank.
+
+        Args:
+            x: [T, H] bf16, fp16, fp32 (or any format's bytes), or `(data [T, H], scales [T, S])`
+                with scales float32 or packed int32 of any strides. Moved bit for bit.
+            handle: of an earlier dispatch, to go the same way without exchanging routing; then
+                the arguments from `num_tokens_per_rank` to `num_worst_tokens` are not used.
+            num_tokens_per_rank: [R] int32; accepted, `is_token_in_rank` decides.
+            num_tokens_per_rdma_rank: accepted.
+            is_token_in_rank: [T, R] bool.
+            num_tokens_per_expert: [E] int32.
+            topk_idx: [T, K] int64, -1 for none; optional.
+            topk_weights: [T, K] float32; optional, only with `topk_idx`.
+            expert_alignment: the counts per expert are rounded up to a multiple of this.
+            num_worst_tokens: rows of the result whatever arrives: missing ones are zero with
+                `topk_idx` -1, those beyond it are dropped, which shows as
+                `rank_prefix_matrix[-1][rank]` above it. Needs `topk_idx`. 0: exact sizes.
+            config: knobs; None for `Buffer.get_dispatch_config`.
+            previous_event: what to wait for first.
+            async_finish: return an event instead of waiting.
+            allocate_on_comm_stream: accepted; results belong to the current stream.
+
+        Returns:
+            `(recv_x, recv_topk_idx, recv_topk_weights, num_recv_tokens_per_expert_list, handle,
+            event)`. Rows are grouped by source rank, then token. `recv_x` is [N, H], or with its
+            scales [N, S]; `recv_topk_idx` [N, K] int64 holds local expert ids, -1 where the slot
+            is another rank's; `recv_topk_weights` [N, K] float32 is 0 there. The list has a count
+            per local expert and is empty with `num_worst_tokens`. With `handle`: only `recv_x`
+            and the event, None for the rest.
+
+        Collective: all ranks, in the same order as all calls of this buffer, also with T = 0.
+        Sync: returns when all rows have arrived.
+        Lifetime: results are the caller's for good. (On shared memory they may lie in the
+        buffer's own memory, which is reused once the last tensor on it has gone.)
+
+        Raises:
+            ShapeError, ConfigError: wrong arguments; the peers raise `PeerRefusedError`.
+            HandleError: the handle does not fit.
+            RankMismatchError: the ranks make different calls, or send rows of different formats.
+            PeerTimeoutError: some ranks did not come.
+            BufferTooSmallError: `max_buffer_bytes` does not allow it.
+        """
+        _wait_for(previous_event)
+        self._config(config, "get_dispatch_config")
+        if handle is not None:
+            named = self._handle(handle, Operation.CACHED_DISPATCH)
+            again = self._exchange.dispatch_again(x, named)
+            return again, None, None, None, None, _event(async_finish, x)
+        given = DispatchArguments(
+            is_token_in_rank,
+            num_tokens_per_expert,
+            topk_idx,
+            topk_weights,
+            expert_alignment=expert_alignment,
+            num_worst_tokens=num_worst_tokens,
+        )
+        try:
+            routing = given.checked(x, num_ranks=self.group_size)
+        except ConfigError as error:
+            self._session.refuse(Operation.DISPATCH, error)
+        done = self._exchange.dispatch(
+            x, routing, alignment=expert_alignment, num_worst_tokens=num_worst_tokens
+        )
+        return (
+            done.tokens,
+            done.topk_idx,
+            done.topk_weights,
+            done.num_tokens_per_expert,
+            done.handle,
+            _event(async_finish, x),
+        )
+
+    def combine(
+        self,
+        x: torch.Tensor,
+        handle: tuple[torch.Tensor, ...],
+        topk_weights: torch.Tensor | None = None,
+        bias: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None = None,
+        config: Config | None = None,
+        previous_event: _Event = None,
+        async_finish: bool = False,
+        allocate_on_comm_stream: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, EventOverlap]:
+        """Bring the rows back to their tokens and sum them over the ranks, unweighted.
+
+        Args:
+            x: [N, H] bf16, fp16 or fp32, in the order of `recv_x`.
+            handle: of the dispatch, also as a plain tuple of its tensors.
+            topk_weights: [N, K] float32, summed over the ranks per slot (they are gradients); or
+                None.
+            bias: one or two [T, H] tensors of x's dtype, added before the one rounding.
+            config: knobs; None for `Buffer.get_combine_config`.
+            previous_event: what to wait for first.
+            async_finish: return an event instead of waiting.
+            allocate_on_comm_stream: accepted; results belong to the current stream.
+
+        Returns:
+            `(combined_x [T, H], combined_topk_weights [T, K] float32 or None, event)`. Sums are
+            taken in float32, in ascending rank order, and rounded once to x's dtype. A token that
+            went nowhere gives zeros, plus bias.
+
+        Collective, Sync: as `dispatch`. Lifetime: results are the caller's.
+
+        Raises: as `dispatch`.
+        """
+        _wait_for(previous_event)
+        self._config(config, "get_combine_config")
+        named = self._handle(handle, Operation.COMBINE)
+        terms = () if bias is None else bias if isinstance(bias, tuple) else (bias,)
+        try:
+            check_combine(x, named, topk_weights, terms)
+        except ConfigError as error:
+            self._session.refuse(Operation.COMBINE, error)
+        done = self._exchange.combine(x, named, topk_weights=topk_weights, bias=terms)
+        return done.rows, done.topk_weights, _event(async_finish, x)
+
+    def warmup(self, num_tokens: int, hidden: int, dtype: torch.dtype = torch.bfloat16) -> None:
+        """Make room for calls of this size and wait until every rank is here.
+
+        From then on every wait has the steady deadline.
+
+        Args:
+            num_tokens: most tokens a rank will send.
+            hidden: row width.
+            dtype: row element.
+
+        Collective: all ranks. Sync: waits for all of them. Lifetime: the room stays.
+
+        Raises: as `dispatch`.
+        """
+        self._exchange.warmup(TokenFormat(dtype, hidden), num_tokens)
+
+    def check(self) -> None:
+        """Raise the error that made this buffer unusable, if there was one.
+
+        Collective: no. Sync: no.
+
+        Raises:
+            PeerTimeoutError: an earlier wait ended without all ranks.
+            TransportError: an earlier call was abandoned, or the buffer was destroyed.
+        """
+        self._session.check()
+
+    def destroy(self) -> None:
+        """Give up the buffer's memory. Idempotent.
+
+        Collective: no. Sync: no. Lifetime: results that were returned stay valid.
+        """
+        self._session.close()
+
+    def get_local_buffer_tensor(
+        self,
+        dtype: torch.dtype,
+        size: torch.Size | None = None,
+        offset: int = 0,
+        use_rdma_buffer: bool = False,
+    ) -> torch.Tensor:
+        """The memory that rows land in, as a tensor. Signals and routing are not part of it.
+
+        Writing to it between calls is harmless, except to results that still lie in it.
+
+        Args:
+            dtype: element of the view.
+            size: shape of the view; None for one dimension over everything from `offset`.
+            offset: where to begin, in bytes.
+            use_rdma_buffer: accepted; there is one buffer.
+
+        Collective: no. Sync: no. Lifetime: a view; later growth moves the buffer elsewhere.
+
+        Raises:
+            UnsupportedError: the transport owns no memory.
+            ShapeError: `size` does not fit.
+        """
+        memory = self._session.transport.local_memory()
+        if memory is None:
+            name = self._session.transport.name
+            raise UnsupportedError(f"the {name} transport has no memory of its own")
+        usable = (memory.numel() - offset) // dtype.itemsize
+        view = memory[offset : offset + usable * dtype.itemsize].view(dtype)
+        if size is None:
+            return view
+        if size.numel() > view.numel():
+            raise ShapeError("size", got=tuple(size), expected=f"at most {view.numel()} elements")
+        return view[: size.numel()].view(size)
+
+    def get_comm_stream(self) -> torch.cuda.Stream:
+        """The stream that operations run on.
+
+        Raises:
+            UnsupportedError: always in this version: transports run on the host or on the
+                current stream.
+        """
+        raise UnsupportedError("get_comm_stream: there is no communication stream on CPU")
+
+    @staticmethod
+    def capture() -> EventOverlap:
+        """An event at the current point of the current stream."""
+        return EventOverlap(EventHandle())
+
+    @staticmethod
+    def set_num_sms(new_num_sms: int) -> None:
+        """Set how many streaming multiprocessors GPU operations may use, for all buffers.
+
+        Raises:
+            ConfigError: not a positive even number.
+        """
+        if new_num_sms <= 0 or new_num_sms % 2:
+            raise ConfigError(f"num_sms is {new_num_sms}, must be positive and even")
+        Buffer.num_sms = new_num_sms
+
+    @staticmethod
+    def is_sm90_compiled() -> bool:
+        """Whether kernels for sm_90 are in use: never in this version, which has none."""
+        return False
+
+    @staticmethod
+    def get_dispatch_config(num_ranks: int) -> Config:
+        """The knobs that `dispatch` takes when it is given none, for any number of ranks."""
+        return Config(Buffer.num_sms)
+
+    @staticmethod
+    def get_combine_config(num_ranks: int) -> Config:
+        """The knobs that `combine` takes when it is given none, for any number of ranks."""
+        return Config(Buffer.num_sms)
+
+    def __enter__(self) -> Buffer:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.destroy()
+
+    def __repr__(self) -> str:
+        transport = self._session.transport
+        held = {} if self._session.closed else transport.memory()
+        memory = ", ".join(f"{name} {nbytes:,} B" for name, nbytes in held.items()) or "none held"
+        return (
+            f"Buffer(rank {self.rank} of {self.group_size}, transport {transport.name}, "
+            f"memory: {memory})"
+        )
+
+    def _config(self, config: Config | None, lookup: str) -> Config:
+        """The knobs of a call; looked up on the class at call time, where clients replace it."""
+        chosen: Config = getattr(type(self), lookup)(self.group_size) if config is None else config
+        return chosen
+
+    def _handle(self, handle: tuple[torch.Tensor, ...], operation: Operation) -> Handle:
+        try:
+            return Handle.of(handle, num_ranks=self.group_size)
+        except HandleError as error:
+            self._session.refuse(operation, error)
+
+
+def _given(value: float | None, otherwise: float) -> float:
+    return otherwise if value is None else value
+
+
+def _check_same_arguments(topology: Topology, **mine: object) -> None:
+    """Raise on every rank unless all were given the same."""
+    everyone = topology.allgather(mine)
+    for name in mine:
+        values = {rank: theirs[name] for rank, theirs in enumerate(everyone)}
+        if len({str(value) for value in values.values()}) > 1:
+            raise RankMismatchError(name, values, where="Buffer()")
+
+
+def _wait_for(previous: _Event) -> None:
+    """Make the current stream wait for an event of any kind; None and finished ones are fine."""
+    event = previous if isinstance(previous, EventHandle) else getattr(previous, "event", None)
+    if event is not None:
+        event.current_stream_wait()
+
+
+def _event(async_finish: bool, x: Tokens) -> EventOverlap:
+    """The event of an operation that read `x`; a synchronous one leaves nothing to wait for."""
+    if not async_finish:
+        return EventOverlap()
+    return EventOverlap(EventHandle(), x if isinstance(x, tuple) else (x,))

@@ -1,0 +1,87 @@
+"""Tuning knobs, and the size of a buffer as arithmetic.
+
+`Config` has DeepEP's names because clients construct it by position. On CPU the knobs change
+nothing; the size hints say with how much memory a buffer should start.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from crossdock.errors import ConfigError
+
+__all__ = ["NUM_ZONES", "Config", "align"]
+
+NUM_ZONES = 4
+"""Equal zones a one-sided buffer is divided into: see `transports.one_sided`."""
+
+_ROUTING_BYTES_PER_TOKEN = 256
+_SCALE_UP_LIMIT = 8
+
+
+def align(size: int, unit: int) -> int:
+    """The smallest multiple of `unit` that is not below `size`."""
+    return -(-size // unit) * unit
+
+
+@dataclass(frozen=True)
+class Config:
+    """Knobs of one operation.
+
+    Args:
+        num_sms: streaming multiprocessors a GPU operation may use.
+        num_max_nvl_chunked_send_tokens: tokens sent at once inside the scale-up domain.
+        num_max_nvl_chunked_recv_tokens: tokens in flight inside the scale-up domain; also the
+            token count that `get_nvl_buffer_size_hint` assumes.
+        num_max_rdma_chunked_send_tokens: tokens sent at once between scale-up domains.
+        num_max_rdma_chunked_recv_tokens: tokens in flight between scale-up domains.
+
+    Raises:
+        ConfigError: a knob is not positive, or a send chunk does not fit its receive window.
+    """
+
+    num_sms: int = 20
+    num_max_nvl_chunked_send_tokens: int = 6
+    num_max_nvl_chunked_recv_tokens: int = 256
+    num_max_rdma_chunked_send_tokens: int = 6
+    num_max_rdma_chunked_recv_tokens: int = 256
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value <= 0:
+                raise ConfigError(f"Config: {name} is {value}, must be positive")
+        self._check_chunk("nvl", limit=self.num_max_nvl_chunked_recv_tokens - 1)
+        self._check_chunk("rdma", limit=self.num_max_rdma_chunked_recv_tokens // 2)
+
+    def _check_chunk(self, domain: str, *, limit: int) -> None:
+        name = f"num_max_{domain}_chunked_send_tokens"
+        if getattr(self, name) > limit:
+            raise ConfigError(
+                f"Config: {name} is {getattr(self, name)}, at most {limit} with "
+                f"num_max_{domain}_chunked_recv_tokens="
+                f"{getattr(self, f'num_max_{domain}_chunked_recv_tokens')}"
+            )
+
+    def get_nvl_buffer_size_hint(self, hidden_bytes: int, num_ranks: int) -> int:
+        """Bytes to start a buffer with: room for the chunk window from every rank.
+
+        A buffer grows when calls need more, so this is a starting size, not a limit.
+
+        Args:
+            hidden_bytes: bytes of the widest row that will be sent.
+            num_ranks: ranks of the group.
+        """
+        tokens = self.num_max_nvl_chunked_recv_tokens * min(num_ranks, _SCALE_UP_LIMIT)
+        return align(tokens * (NUM_ZONES * hidden_bytes + _ROUTING_BYTES_PER_TOKEN), 4096)
+
+    def get_rdma_buffer_size_hint(self, hidden_bytes: int, num_ranks: int) -> int:
+        """Bytes for traffic between scale-up domains; 0 up to eight ranks, as clients expect.
+
+        Args:
+            hidden_bytes: bytes of the widest row that will be sent.
+            num_ranks: ranks of the group.
+        """
+        if num_ranks <= _SCALE_UP_LIMIT:
+            return 0
+        domains = -(-num_ranks // _SCALE_UP_LIMIT)
+        return align(2 * domains * self.num_max_rdma_chunked_recv_tokens * hidden_bytes, 4096)

@@ -1,0 +1,302 @@
+"""Dispatch and combine: where routing, codec, transport and layout meet, and nowhere else.
+
+    dispatch:   route -> send -> land -> place
+    combine:    gather -> send -> land -> reduce
+
+Both are one `route` and one `move` of a transport; they differ in who counts the rows and what is
+done with what has landed. Arguments arrive here as the public API checked them, results leave with
+a handle. Names, defaults and events are the skin's matter.
+
+T tokens here, K top-k, H hidden, R ranks, E experts, N rows received here.
+"""
+
+from __future__ import annotations
+
+import zlib
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Generic
+
+import torch
+
+from crossdock import layouts, ops
+from crossdock.codec import AnyTokens, join, split, token_format
+from crossdock.errors import HandleError
+from crossdock.formats import TokenFormat
+from crossdock.handle import Handle
+from crossdock.routing import RoutingShare, RoutingTable, ShareShape
+from crossdock.topology import Topology, num_local_experts
+from crossdock.transports.base import Header, Operation, Routed
+from crossdock.transports.session import Attempt, Session
+
+__all__ = ["Combined", "Dispatched", "Exchange"]
+
+
+@dataclass(frozen=True)
+class Dispatched(Generic[AnyTokens]):
+    """What a dispatch brings.
+
+    Attributes:
+        tokens: received rows [N, H], with their scales if they came with some.
+        topk_idx: [N, K] int64 local expert ids, -1 where the slot is another rank's; or None.
+        topk_weights: [N, K] float32, 0 where the slot is another rank's; or None.
+        num_tokens_per_expert: rows per local expert; empty when rows were padded.
+        handle: for combine and for cached dispatches.
+    """
+
+    tokens: AnyTokens
+    topk_idx: torch.Tensor | None
+    topk_weights: torch.Tensor | None
+    num_tokens_per_expert: list[int]
+    handle: Handle
+
+
+@dataclass(frozen=True)
+class Combined:
+    """What a combine brings: rows [T, H] and, if they were given, weights [T, K] float32."""
+
+    rows: torch.Tensor
+    topk_weights: torch.Tensor | None
+
+
+class Exchange:
+    """The verbs of one buffer, one call at a time.
+
+    Args:
+        topology: the group.
+        session: numbers the calls and takes them to the transport.
+        reserve_tokens: tokens per rank to make room for from the start.
+    """
+
+    def __init__(
+        self,
+        topology: Topology,
+        session: Session,
+        *,
+        reserve_tokens: int = 0,
+    ) -> None:
+        self._rank, self._num_ranks = topology.rank, topology.num_ranks
+        self._session = session
+        self._reserve_tokens = reserve_tokens
+
+    def dispatch(
+        self, x: AnyTokens, routing: RoutingShare, *, alignment: int, num_worst_tokens: int
+    ) -> Dispatched[AnyTokens]:
+        """Send every token to the ranks that want it.
+
+        Args:
+            x: [T, H] rows, or rows and scales.
+            routing: where they go.
+            alignment: multiple to which the counts per expert are rounded up.
+            num_worst_tokens: rows of the result, whatever arrives; 0 for exactly what arrives.
+
+        Collective: all ranks, in the same order as all other calls of the buffer.
+        Sync: returns when all rows have arrived.
+        Lifetime: the result is the caller's.
+
+        Raises: what `Transport.route` and `Transport.move` raise.
+        """
+        num_experts = routing.num_tokens_per_expert.shape[0]
+        experts_here = num_local_experts(num_experts, self._num_ranks)
+        with self._session.call(Operation.DISPATCH) as attempt:
+            form, planes, share = token_format(x), split(x), routing.to_bytes()
+            header = _dispatch_header(attempt, form, routing, share.numel())
+            header = self._with_room(header, form, num_rows=num_worst_tokens)
+            table = _table(attempt.route(header, share), routing, planes[0].device)
+            layout = layouts.rank_major(table, self._rank)
+            counts = layouts.counts_of_prefix(layout.rank_prefix_matrix)
+            sends = layouts.send_tokens(routing.is_token_in_rank)
+            rows = attempt.move(planes, sends, counts, keep=not num_worst_tokens)
+            if num_worst_tokens:
+                rows = [ops.place(plane, num_worst_tokens) for plane in rows]
+            num_rows = rows[0].shape[0]
+            mine = layouts.local_selection(
+                table, layout.table_rows, rank=self._rank, experts_here=experts_here
+            ).padded(num_rows)
+            per_expert = layouts.recv_counts_per_expert(
+                table, rank=self._rank, experts_here=experts_here, alignment=alignment
+            )
+            return Dispatched(
+                join(rows, x),
+                mine.topk_idx,
+                mine.topk_weights,
+                [] if num_worst_tokens else per_expert,
+                _handle(layout, counts, routing.is_token_in_rank, self._rank, num_rows),
+            )
+
+    def dispatch_again(self, x: AnyTokens, handle: Handle) -> AnyTokens:
+        """Send other rows the way an earlier dispatch went; routing is not exchanged again.
+
+        Args:
+            x: [T, H] rows, or rows and scales; T as in the earlier dispatch.
+            handle: of that dispatch.
+
+        Collective, Sync, Lifetime: as `dispatch`.
+
+        Raises:
+            HandleError: the handle is of another number of tokens, or of another rank.
+        """
+        with self._session.call(Operation.CACHED_DISPATCH) as attempt:
+            form, planes = token_format(x), split(x)
+            counts = self._checked_counts(handle, planes[0].shape[0])
+            header = attempt.header(form, num_tokens=handle.num_tokens, checksum=_checksum(counts))
+            attempt.route(self._with_room(header, form, num_rows=handle.num_recv_rows))
+            exact = sum(row[self._rank] for row in counts) == handle.num_recv_rows
+            sends = layouts.send_tokens(handle.is_token_in_rank)
+            rows = attempt.move(planes, sends, counts, keep=exact)
+            if not exact:
+                rows = [ops.place(plane, handle.num_recv_rows) for plane in rows]
+            return join(rows, x)
+
+    def combine(
+        self,
+        x: torch.Tensor,
+        handle: Handle,
+        *,
+        topk_weights: torch.Tensor | None = None,
+        bias: Sequence[torch.Tensor] = (),
+    ) -> Combined:
+        """Bring one row per (token, rank) back and sum them: float32, in rank order, rounded once.
+
+        Args:
+            x: [N, H] rows in the order that dispatch returned them.
+            handle: of that dispatch.
+            topk_weights: [N, K] float32 to be summed alike; or None.
+            bias: [T, H] tensors to add before rounding.
+
+        Collective, Sync, Lifetime: as `dispatch`.
+
+        Raises:
+            HandleError: the handle does not fit `x`, or belongs to another rank.
+        """
+        with self._session.call(Operation.COMBINE) as attempt:
+            planes = [part.detach().contiguous() for part in (x, topk_weights) if part is not None]
+            counts = self._checked_counts(handle, handle.num_tokens)
+            if planes[0].shape[0] != handle.num_recv_rows:
+                raise HandleError(
+                    f"x has {planes[0].shape[0]} rows, the handle {handle.num_recv_rows}"
+                )
+            headers = attempt.route(_combine_header(attempt, planes, handle, counts)).headers
+            kept = layouts.surviving_counts(counts, [header.num_rows for header in headers])
+            sends = _consecutive([row[self._rank] for row in kept])
+            rows = attempt.move(planes, sends, layouts.transpose(kept), keep=False)
+            plan = layouts.reduce_plan(handle.send_head, kept[self._rank])
+            sums = [
+                ops.reduce(plane, plan.row_splits, plan.slots, terms)
+                for plane, terms in zip(rows, (bias, ()), strict=False)
+            ]
+            return Combined(sums[0], sums[1] if len(sums) > 1 else None)
+
+    def warmup(self, form: TokenFormat, num_tokens: int) -> None:
+        """Make room for calls of this size, and wait until all ranks are here.
+
+        Later calls have the steady deadline from their first use on.
+        """
+        with self._session.call(Operation.WARMUP) as attempt:
+            header = attempt.header(form, num_tokens=num_tokens)
+            attempt.route(self._with_room(header, form, num_rows=0))
+            attempt.move([], [slice(0)] * self._num_ranks, self._no_rows(), keep=False)
+        self._session.settle_in()
+
+    def _no_rows(self) -> layouts.Counts:
+        return [[0] * self._num_ranks for _ in range(self._num_ranks)]
+
+    def _with_room(self, header: Header, form: TokenFormat, *, num_rows: int) -> Header:
+        """The header with what the transport must make room for: this call and its combine."""
+        back = form.hidden * max(2, min(form.element.itemsize, 4)) + header.num_topk * 4
+        return replace(
+            header,
+            num_rows=num_rows,
+            row_bytes=form.row_bytes,
+            return_bytes=back,
+            reserve_tokens=self._reserve_tokens,
+        )
+
+    def _checked_counts(self, handle: Handle, num_tokens: int) -> layouts.Counts:
+        """The counts in a handle, if it can be this rank's."""
+        if num_tokens != handle.num_tokens:
+            raise HandleError(f"x has {num_tokens} tokens, the handle {handle.num_tokens}")
+        counts = layouts.counts_of_prefix(handle.rank_prefix_matrix)
+        sent: list[int] = handle.is_token_in_rank.sum(0).tolist()
+        if counts[self._rank] != sent:
+            raise HandleError(f"the handle is not one of rank {self._rank}: it belongs to another")
+        return counts
+
+
+def _dispatch_header(
+    attempt: Attempt, form: TokenFormat, routing: RoutingShare, share_bytes: int
+) -> Header:
+    topk_idx, weights = routing.topk_idx, routing.topk_weights
+    return attempt.header(
+        form,
+        num_tokens=routing.is_token_in_rank.shape[0],
+        num_topk=0 if topk_idx is None else topk_idx.shape[1],
+        num_experts=routing.num_tokens_per_expert.shape[0],
+        flags=(topk_idx is not None) + 2 * (weights is not None),
+        share_bytes=share_bytes,
+    )
+
+
+def _combine_header(
+    attempt: Attempt, planes: Sequence[torch.Tensor], handle: Handle, counts: layouts.Counts
+) -> Header:
+    return attempt.header(
+        token_format(planes[0]),
+        num_tokens=handle.num_tokens,
+        num_rows=planes[0].shape[0],
+        num_topk=planes[1].shape[1] if len(planes) > 1 else 0,
+        row_bytes=sum(plane.shape[1] * plane.dtype.itemsize for plane in planes),
+        checksum=_checksum(counts),
+    )
+
+
+def _table(routed: Routed, routing: RoutingShare, device: torch.device) -> RoutingTable:
+    shape = ShareShape(
+        num_topk=0 if routing.topk_idx is None else routing.topk_idx.shape[1],
+        has_topk=routing.topk_idx is not None,
+        has_weights=routing.topk_weights is not None,
+    )
+    shares = [
+        RoutingShare.from_bytes(
+            raw.to(device),
+            num_tokens=header.num_tokens,
+            num_ranks=len(routed.headers),
+            num_experts=routing.num_tokens_per_expert.shape[0],
+            shape=shape,
+        )
+        for header, raw in zip(routed.headers, routed.shares, strict=True)
+    ]
+    return RoutingTable.from_shares(shares)
+
+
+def _handle(
+    layout: layouts.RankMajor,
+    counts: layouts.Counts,
+    is_token_in_rank: torch.Tensor,
+    rank: int,
+    num_rows: int,
+) -> Handle:
+    device = is_token_in_rank.device
+    return Handle(
+        layout.rank_prefix_matrix,
+        torch.tensor(counts[rank], dtype=torch.int32, device=device).unsqueeze(1),
+        torch.tensor([row[rank] for row in counts], dtype=torch.int32, device=device).unsqueeze(1),
+        layouts.pad_rows(layout.recv_src_idx, num_rows, fill=0),
+        is_token_in_rank,
+        layouts.send_head_of(is_token_in_rank),
+    )
+
+
+def _consecutive(lengths: Sequence[int]) -> list[slice]:
+    """Slices of these lengths, one behind the other."""
+    slices, begin = [], 0
+    for length in lengths:
+        slices.append(slice(begin, begin + length))
+        begin += length
+    return slices
+
+
+def _checksum(counts: layouts.Counts) -> int:
+    """A number that differs for handles of different dispatches, with high probability."""
+    return zlib.crc32(array("q", [count for row in counts for count in row]).tobytes()) + 1

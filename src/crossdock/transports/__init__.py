@@ -1,0 +1,100 @@
+"""How rows travel, and the choice among the ways.
+
+`select` takes the first transport that covers the group and says why the others did not; asked for
+one by name it never falls back. Names of transports occur nowhere above this floor.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+from crossdock.errors import TransportError, UnsupportedError
+from crossdock.topology import Topology
+from crossdock.transports.base import Transport
+from crossdock.transports.collective import Collective
+from crossdock.transports.loopback import Loopback
+from crossdock.transports.one_sided import OneSided
+
+__all__ = ["Limits", "select"]
+
+_LOG = logging.getLogger("crossdock")
+_ORDERED_STORES = ("x86_64", "AMD64")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Memory of a buffer, where the transport owns some.
+
+    Attributes:
+        start_bytes: size to start with; 0 to wait for the first call.
+        max_bytes: what it must not exceed; 0 for no limit.
+    """
+
+    start_bytes: int = 0
+    max_bytes: int = 0
+
+
+def _one_sided(topology: Topology, limits: Limits) -> Transport:
+    if len(topology.scale_up_ranks) < topology.num_ranks:
+        raise TransportError("the ranks are not all on one host and in one pid namespace")
+    if sys.platform != "linux" or not hasattr(os, "memfd_create"):
+        raise TransportError("needs Linux")
+    if any(machine not in _ORDERED_STORES for machine in topology.machines):
+        raise TransportError(f"needs x86-64's store order, the ranks run {set(topology.machines)}")
+    if topology.group is not None and dist.get_backend(topology.group) == "nccl":
+        raise TransportError("moves CPU tensors, but the group's backend is nccl")
+    return OneSided(topology, start_bytes=limits.start_bytes, max_bytes=limits.max_bytes)
+
+
+def _collective(topology: Topology, _limits: Limits) -> Transport:
+    if topology.group is None:
+        raise TransportError("needs a torch.distributed process group")
+    return Collective(topology, topology.group)
+
+
+def _loopback(topology: Topology, _limits: Limits) -> Transport:
+    return Loopback(topology)
+
+
+_CANDIDATES: tuple[tuple[str, Callable[[Topology, Limits], Transport]], ...] = (
+    ("one_sided", _one_sided),
+    ("collective", _collective),
+)
+_BY_NAME_ONLY = (("loopback", _loopback),)
+
+
+def select(topology: Topology, limits: Limits, *, name: str | None = None) -> Transport:
+    """Open the best transport that covers the group, or the one asked for.
+
+    Collective: all ranks, with the same arguments. Sync: waits for all ranks.
+
+    Args:
+        topology: the group.
+        limits: memory to start with and not to exceed.
+        name: "one_sided", "collective" or "loopback"; None for the best that fits.
+
+    Raises:
+        UnsupportedError: none covers the group, or the named one does not; with the reasons.
+            Raised on every rank.
+    """
+    everyone = dict(_CANDIDATES + _BY_NAME_ONLY)
+    if name is not None and name not in everyone:
+        raise UnsupportedError(f"no transport {name!r}; there are {', '.join(sorted(everyone))}")
+    names = [name] if name is not None else [candidate for candidate, _ in _CANDIDATES]
+    reasons: dict[str, str] = {}
+    for candidate in names:
+        try:
+            transport = everyone[candidate](topology, limits)
+        except TransportError as error:
+            reasons[candidate] = str(error)
+            continue
+        if topology.rank == 0:
+            _LOG.info("transport %s; not taken: %s", candidate, reasons or "none tried before")
+        return transport
+    raise UnsupportedError("no transport covers this group", reasons)

@@ -1,0 +1,198 @@
+"""All ranks in one process, a thread each: for tests, docs and teaching.
+
+The whole transport is a board on which ranks pin what they have for the others. It is the shortest
+complete transport, so it is the one to read first.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+
+from crossdock import ops
+from crossdock.errors import PeerTimeoutError, TransportError
+from crossdock.topology import Communicator, Topology
+from crossdock.transports.base import Call, Deadline, Header, Routed, check_agreement
+
+__all__ = ["Loopback", "LoopbackComm", "run_threads"]
+
+_Result = TypeVar("_Result")
+_POLL_S = 0.05
+
+
+class Board:
+    """Where ranks pin things for one another, by topic and call."""
+
+    def __init__(self, num_ranks: int) -> None:
+        self.num_ranks = num_ranks
+        self.last: dict[int, Header] = {}
+        self.failures: dict[int, str] = {}
+        self._pinned: dict[tuple[str, int], dict[int, Any]] = {}
+        self._changed = threading.Condition()
+
+    def pin(self, topic: str, number: int, rank: int, value: Any) -> None:
+        """Show a value to all ranks; what lies two calls back is taken down."""
+        with self._changed:
+            self._pinned.setdefault((topic, number), {})[rank] = value
+            self._pinned.pop((topic, number - 2), None)
+            self._changed.notify_all()
+
+    def give_up(self, rank: int, text: str) -> None:
+        """Wake all waiting ranks with an error."""
+        with self._changed:
+            self.failures[rank] = text
+            self._changed.notify_all()
+
+    def collect(self, topic: str, number: int, deadline: Deadline) -> tuple[list[Any], list[int]]:
+        """Wait for all ranks' values; returns them, or the ranks that are missing at the end."""
+        with self._changed:
+            while not deadline.passed and not self.failures:
+                pinned = self._pinned.get((topic, number), {})
+                if len(pinned) == self.num_ranks:
+                    return [pinned[rank] for rank in range(self.num_ranks)], []
+                self._changed.wait(_POLL_S)
+            pinned = self._pinned.get((topic, number), {})
+            return [], [rank for rank in range(self.num_ranks) if rank not in pinned]
+
+
+class LoopbackComm:
+    """An mpi4py-like communicator between threads; objects are passed by reference."""
+
+    def __init__(self, board: Board, rank: int) -> None:
+        self._board, self._rank, self._number = board, rank, 0
+
+    def Get_rank(self) -> int:  # noqa: N802 - mpi4py's name
+        """This rank."""
+        return self._rank
+
+    def Get_size(self) -> int:  # noqa: N802 - mpi4py's name
+        """Ranks of the group."""
+        return self._board.num_ranks
+
+    def allgather(self, value: Any) -> list[Any]:
+        """Every rank's value, in rank order. Collective; waits for all."""
+        self._number += 1
+        self._board.pin("allgather", self._number, self._rank, value)
+        values, missing = self._board.collect("allgather", self._number, Deadline(0))
+        if missing:
+            raise TransportError(f"ranks failed: {self._board.failures}")
+        return values
+
+
+def run_threads(num_ranks: int, fn: Callable[[Communicator], _Result]) -> list[_Result]:
+    """Run `fn(comm)` once per rank, each in a thread of its own.
+
+    Returns:
+        The results in rank order. The first error of a rank is raised, after all have ended.
+
+    Example: `run_threads(2, lambda comm: comm.allgather(comm.Get_rank()))` -> [[0, 1], [0, 1]]
+    """
+    board = Board(num_ranks)
+
+    def run(rank: int) -> _Result:
+        try:
+            return fn(LoopbackComm(board, rank))
+        except BaseException as error:
+            board.give_up(rank, f"{type(error).__name__}: {error}")
+            raise
+
+    with ThreadPoolExecutor(num_ranks) as threads:
+        futures = [threads.submit(run, rank) for rank in range(num_ranks)]
+    return [future.result() for future in futures]
+
+
+class Loopback:
+    """A transport between the threads of one process.
+
+    Args:
+        topology: of a group whose `allgather` passes references, as `LoopbackComm` does.
+    """
+
+    name = "loopback"
+
+    def __init__(self, topology: Topology) -> None:
+        self._rank, self._num_ranks = topology.rank, topology.num_ranks
+        board = Board(self._num_ranks) if self._rank == 0 else None
+        self._board: Board = topology.allgather(board)[0]
+
+    def route(self, call: Call, header: Header, share: torch.Tensor) -> Routed:
+        """See `Transport.route`."""
+        told = self._exchange("route", call, header, (header, share.clone(), ""))
+        headers = [item[0] for item in told]
+        check_agreement(headers, call, reason_of=lambda rank: str(told[rank][2]))
+        return Routed(headers, [item[1] for item in told])
+
+    def move(
+        self,
+        call: Call,
+        planes: Sequence[torch.Tensor],
+        sends: Sequence[torch.Tensor | slice],
+        counts: Sequence[Sequence[int]],
+        *,
+        keep: bool,
+    ) -> list[torch.Tensor]:
+        """See `Transport.move`. The result is always the caller's own."""
+        parcels = [
+            [_copy_rows(plane, sends[dst], counts[self._rank][dst]) for plane in planes]
+            for dst in range(self._num_ranks)
+        ]
+        received = self._exchange("land", call, None, parcels)
+        return [
+            torch.cat([parcels_of[self._rank][index] for parcels_of in received])
+            for index in range(len(planes))
+        ]
+
+    def refuse(self, call: Call, header: Header, reason: str) -> None:
+        """See `Transport.refuse`."""
+        refusal = (
+            replace(header, refused=1),
+            torch.empty(0, dtype=torch.uint8, device="cpu"),
+            reason,
+        )
+        self._board.pin("route", call.sequence, self._rank, refusal)
+
+    def fail(self, call: Call, error: BaseException) -> None:
+        """See `Transport.fail`."""
+        self._board.give_up(self._rank, f"{type(error).__name__}: {error}")
+
+    def memory(self) -> Mapping[str, int]:
+        """See `Transport.memory`: nothing is held between calls."""
+        return {}
+
+    def local_memory(self) -> torch.Tensor | None:
+        """See `Transport.local_memory`."""
+        return None
+
+    def close(self) -> None:
+        """See `Transport.close`."""
+
+    def _exchange(self, phase: str, call: Call, header: Header | None, value: Any) -> list[Any]:
+        """Pin this rank's value and collect all ranks' for this phase of the call."""
+        if header is not None:
+            self._board.last[self._rank] = header
+        self._board.pin(phase, call.sequence, self._rank, value)
+        deadline = Deadline(call.timeout_s)
+        values, missing = self._board.collect(phase, call.sequence, deadline)
+        if not missing:
+            return values
+        for rank, text in self._board.failures.items():
+            raise TransportError(f"rank {rank} gave up while this rank was in {call}: {text}")
+        raise PeerTimeoutError(
+            missing,
+            operation=str(call.operation),
+            epoch=call.sequence,
+            phase=phase,
+            waited_s=deadline.waited_s,
+            peers={rank: str(self._board.last.get(rank, Header())) for rank in missing},
+        )
+
+
+def _copy_rows(plane: torch.Tensor, tokens: torch.Tensor | slice, count: int) -> torch.Tensor:
+    rows = torch.empty((count, plane.shape[1]), dtype=plane.dtype, device=plane.device)
+    ops.send(plane, tokens, rows)
+    return rows

@@ -1,0 +1,400 @@
+"""Worlds of real processes on this machine, and what to run in them.
+
+Tests, the demo and the benchmark need the same three things: ranks as processes whose failures are
+told apart, routings that hold every awkward case, and rows that name where they come from. They
+are made here once. What the ranks compute is the caller's business: this file knows no Buffer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import io
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = [
+    "ROUTING_CASES",
+    "Pool",
+    "Routing",
+    "RoutingCase",
+    "WorldError",
+    "choose",
+    "origin_rows",
+    "origin_rows_fp8",
+    "spawn",
+]
+
+Job: TypeAlias = Callable[..., Any]
+_Answer: TypeAlias = tuple[Any, str]  # what a rank returned, and why it did not
+
+_START_S = 180.0  # for the ranks of a new world: each imports torch, on a machine that may be small
+_GRACE_S = 10.0  # for the others, once one rank has failed
+
+
+class WorldError(RuntimeError):
+    """A job did not return on every rank.
+
+    Attributes:
+        failures: rank -> why: its traceback, its exit code, or where it stood at the deadline.
+        results: rank -> what it returned, for the ranks that did return.
+    """
+
+    def __init__(self, failures: Mapping[int, str], results: Mapping[int, Any]) -> None:
+        super().__init__("\n".join(f"rank {rank}: {why}" for rank, why in failures.items()))
+        self.failures = dict(failures)
+        self.results = dict(results)
+
+
+def spawn(fn: Job, num_ranks: int, *args: Any, timeout_s: float = 120.0) -> list[Any]:
+    """Runs `fn(rank, num_ranks, *args)` on fresh processes and returns the results by rank.
+
+    In each process the default process group is a gloo group of all ranks, torch has one thread,
+    and Ctrl-C is left to the caller's process. `fn`, `args` and results are pickled (tensors come
+    back on the CPU), so `fn` must be importable and a script needs `if __name__ == "__main__":`.
+
+    Args:
+        fn: What each rank runs.
+        num_ranks: How many processes.
+        *args: What `fn` gets besides.
+        timeout_s: What the job may take, start of the processes not counted.
+
+    Raises:
+        WorldError: A rank raised, died, or had not returned in time.
+    """
+    with Pool(num_ranks) as pool:
+        return pool.run(_call_with_rank, fn, num_ranks, *args, timeout_s=timeout_s)
+
+
+class Pool(contextlib.AbstractContextManager["Pool"]):
+    """Rank processes that are kept between jobs, since starting them costs seconds.
+
+    They start with the first job, and are replaced after a job in which one died or did not answer
+    in time. They end with `close()`, and when the process that made the pool ends, however it ends.
+    """
+
+    def __init__(self, num_ranks: int) -> None:
+        self.num_ranks = num_ranks
+        self._world: _World | None = None
+        self._num_failed = 0
+
+    def run(
+        self, fn: Job, *args: Any, num_ranks: int | None = None, timeout_s: float = 60.0
+    ) -> list[Any]:
+        """Runs `fn(group, *args)` on the first `num_ranks` ranks; returns the results by rank.
+
+        `group` is a gloo process group of exactly those ranks, the same one in every job until a
+        job fails; then the next gets a new one, since messages may be left in the old.
+
+        Args:
+            fn: What each rank runs; importable, as for `spawn`.
+            *args: What `fn` gets besides.
+            num_ranks: How many ranks take part, at most the pool's; None = all.
+            timeout_s: What the job may take; once a rank has failed, ten more seconds at most.
+
+        Raises:
+            WorldError: A rank raised, died, or had not returned in time.
+        """
+        size = self.num_ranks if num_ranks is None else num_ranks
+        self._world = world = self._world or _World(self.num_ranks)
+        try:
+            job = _dumps((size, self._num_failed, fn, args))
+            results, failures = world.ask(job, timeout_s)
+        finally:
+            if not world.is_whole:
+                self.close()
+        if failures:
+            self._num_failed += 1
+            raise WorldError(failures, results)
+        return [results[rank] for rank in range(size)]
+
+    def close(self) -> None:
+        """Ends the processes. May be called again; a later `run` starts new ones."""
+        if self._world is not None:
+            self._world.stop()
+            self._world = None
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Routing(NamedTuple):
+    """What every rank's tokens choose, `[T, K]` int64 with -1 = none, among how many experts."""
+
+    topk_idxs: list[Tensor]
+    num_experts: int
+
+
+@dataclass(frozen=True)
+class RoutingCase:
+    """One way in which tokens choose experts.
+
+    Attributes:
+        what: The case in a few words.
+        num_tokens: T of rank 0, of rank 1 and so on, from the front again when it ends.
+        num_topk: K; all experts, where there are fewer.
+        num_local: Experts of each rank.
+        change: (`topk_idx` of different experts, some of its slots) -> `topk_idx`.
+    """
+
+    what: str
+    num_tokens: tuple[int, ...] = (16,)
+    num_topk: int = 3
+    num_local: int = 4
+    change: Callable[[Tensor, Tensor], Tensor] = lambda idx, _: idx
+
+    def make(self, num_ranks: int, seed: int = 0) -> Routing:
+        """Draws the case for `num_ranks` ranks; the same seed gives the same routing."""
+        generator = torch.Generator(device="cpu").manual_seed(seed)
+        num_experts = self.num_local * num_ranks
+        topk_idxs = []
+        for rank in range(num_ranks):
+            num_tokens = self.num_tokens[rank % len(self.num_tokens)]
+            drawn = choose(num_tokens, num_experts, self.num_topk, generator=generator)
+            some = _noise(num_tokens, drawn.shape[1], generator) < 0.4
+            topk_idxs.append(self.change(drawn, some))
+        return Routing(topk_idxs, num_experts)
+
+
+def choose(
+    num_tokens: int, num_experts: int, num_topk: int, *, generator: torch.Generator
+) -> Tensor:
+    """Draws `num_topk` different experts for each token: `[T, K]` int64."""
+    order = _noise(num_tokens, num_experts, generator).argsort(dim=1)
+    return order[:, :num_topk].contiguous()
+
+
+def _noise(rows: int, columns: int, generator: torch.Generator) -> Tensor:
+    return torch.rand((rows, columns), generator=generator, dtype=torch.float32, device="cpu")
+
+
+ROUTING_CASES: Mapping[str, RoutingCase] = MappingProxyType(
+    {
+        "uniform": RoutingCase("every rank has the same number of tokens"),
+        "uneven": RoutingCase("token counts differ", (3, 42, 1, 17)),
+        "one_rank_empty": RoutingCase("one rank has no token", (9, 0, 9, 9)),
+        "nobody": RoutingCase("nobody has a token", (0,)),
+        "all_to_one": RoutingCase(
+            "one expert for all", change=lambda idx, _: torch.full_like(idx, 2)
+        ),
+        "slots_empty": RoutingCase(
+            "-1 anywhere", change=lambda idx, some: idx.masked_fill(some, -1)
+        ),
+        "tokens_empty": RoutingCase(
+            "tokens choose nothing", change=lambda idx, some: idx.masked_fill(some[:, :1], -1)
+        ),
+        "duplicates": RoutingCase(
+            "an expert named twice", change=lambda idx, some: idx.where(~some, idx[:, :1])
+        ),
+        "all_experts": RoutingCase("K = E", num_topk=sys.maxsize, num_local=3),
+        "one_choice": RoutingCase("K = 1", num_topk=1),
+    }
+)
+"""The cases that every test of routing goes through."""
+
+
+def origin_rows(rank: int, num_tokens: int, hidden: int, dtype: torch.dtype) -> Tensor:
+    """Makes rows that name their origin: `[T, H]`, exact in bfloat16, float16 and wider.
+
+    The columns repeat three digits, t % 128, t // 128 and rank, each plus one (none is zero). Every
+    second three is negative, and each six is twice the last, seven times over, so that columns
+    cannot change places unseen either.
+
+    Example: `origin_rows(5, 3, 7, torch.bfloat16)[2]` is `[3, 1, 6, -3, -1, -6, 6]`.
+
+    Args:
+        rank: The rank that owns the rows, below 128.
+        num_tokens: T, at most 16384.
+        hidden: H; from three on, no two rows of a world are alike.
+        dtype: A floating type with eight bits of significand or more.
+    """
+    digits = _digits(rank, num_tokens, hidden) + 1
+    group = torch.arange(hidden, dtype=torch.int64, device="cpu") // 3
+    return (digits * (1 - 2 * (group % 2)) * (1 << (group // 2).clamp(max=7))).to(dtype)
+
+
+def origin_rows_fp8(
+    rank: int, num_tokens: int, hidden: int, scale_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Makes quantised rows that name their origin: `([T, H] float8_e4m3fn, [T, ceil(H / 128)])`.
+
+    The bytes of the payload are the digits of `origin_rows` in base 120 (no byte stands for NaN),
+    negative in every second group of three. The scales, float32 or int32 (packed exponents, to
+    whoever reads them), are `origin_rows` of their own width.
+    """
+    group = torch.arange(hidden, dtype=torch.int64, device="cpu") // 3
+    codes = _digits(rank, num_tokens, hidden, base=120) + 128 * (group % 2)
+    scales = origin_rows(rank, num_tokens, -(-hidden // 128), scale_dtype)
+    return codes.to(torch.uint8).view(torch.float8_e4m3fn), scales
+
+
+def _digits(rank: int, num_tokens: int, hidden: int, *, base: int = 128) -> Tensor:
+    token = torch.arange(num_tokens, dtype=torch.int64, device="cpu")
+    columns = torch.stack([token % base, token // base, torch.full_like(token, rank)], dim=1)
+    return columns.repeat(1, -(-hidden // 3))[:, :hidden]
+
+
+class _World:
+    """One life of the rank processes, seen from the process that asks them."""
+
+    def __init__(self, num_ranks: int) -> None:
+        self.is_whole = False
+        self._directory = Path(tempfile.mkdtemp(prefix="crossdock-world-"))
+        self._forget = weakref.finalize(self, shutil.rmtree, self._directory, ignore_errors=True)
+        self._ranks = [_start(rank, num_ranks, self._directory) for rank in range(num_ranks)]
+        _, failures = self._settle(_START_S)
+        if failures:
+            self.stop()
+            raise WorldError(failures, {})
+
+    def ask(self, job: bytes, timeout_s: float) -> tuple[dict[int, Any], dict[int, str]]:
+        """Gives every rank the job; returns what they returned and why others did not."""
+        self.is_whole = False
+        for _, link in self._ranks:
+            with contextlib.suppress(OSError):
+                link.send_bytes(job)
+        return self._settle(timeout_s)
+
+    def stop(self) -> None:
+        """Lets idle processes end by themselves, and kills those that are at work or stuck."""
+        for process, link in self._ranks:
+            link.close()
+            if not self.is_whole:
+                process.kill()
+        for process, _ in self._ranks:
+            process.join(5.0)
+            process.kill()
+            process.join()
+            process.close()
+        self._forget()
+
+    def _settle(self, timeout_s: float) -> tuple[dict[int, Any], dict[int, str]]:
+        started = time.monotonic()
+        answers = self._collect(timeout_s)
+        late = [rank for rank in range(len(self._ranks)) if rank not in answers]
+        self.is_whole = not late and all(process.is_alive() for process, _ in self._ranks)
+        results = {rank: value for rank, (value, why) in answers.items() if not why}
+        failures = {rank: why for rank, (_, why) in answers.items() if why}
+        for rank, stack in self._stacks(late).items():
+            failures[rank] = (
+                f"no answer after {time.monotonic() - started:.1f} s; it stands at\n{stack}"
+            )
+        return results, dict(sorted(failures.items()))
+
+    def _collect(self, timeout_s: float) -> dict[int, _Answer]:
+        answers: dict[int, _Answer] = {}
+        deadline = time.monotonic() + timeout_s
+        while len(answers) < len(self._ranks):
+            late = {link: i for i, (_, link) in enumerate(self._ranks) if i not in answers}
+            ready = wait(list(late), max(0.0, deadline - time.monotonic()))
+            if not ready:
+                break
+            answers.update((late[link], self._read(late[link])) for link in late if link in ready)
+            if any(why for _, why in answers.values()):
+                deadline = min(deadline, time.monotonic() + _GRACE_S)
+        return answers
+
+    def _read(self, rank: int) -> _Answer:
+        process, link = self._ranks[rank]
+        try:
+            answer: _Answer = _loads(link.recv_bytes())
+        except (EOFError, OSError):
+            process.join(1.0)
+            return None, f"its process ended with exit code {process.exitcode}"
+        return answer
+
+    def _stacks(self, ranks: list[int]) -> dict[int, str]:
+        """Says where the given ranks stand, by asking their fault handlers."""
+        for rank in ranks:
+            pid = self._ranks[rank][0].pid
+            if pid is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGUSR1)
+        time.sleep(0.3 if ranks else 0.0)
+        return {rank: (self._directory / f"stack-{rank}").read_text() for rank in ranks}
+
+
+def _start(rank: int, num_ranks: int, directory: Path) -> tuple[BaseProcess, Connection]:
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(rank, num_ranks, directory, theirs), daemon=True)
+    process.start()
+    theirs.close()
+    return process, ours
+
+
+def _serve(rank: int, num_ranks: int, directory: Path, link: Connection) -> None:
+    """What a rank process does: takes jobs until nobody is there to give any."""
+    with (directory / f"stack-{rank}").open("w") as stack:
+        torch.set_num_threads(1)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        faulthandler.register(signal.SIGUSR1, file=stack)
+        threading.Thread(target=_end_with_parent, args=(directory,), daemon=True).start()
+        meeting = f"file://{directory / 'store'}"
+        dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=num_ranks)
+        link.send_bytes(_dumps((None, "")))
+        groups: dict[tuple[int, int], dist.ProcessGroup] = {}
+        with contextlib.suppress(EOFError, OSError):  # nobody gives jobs any more
+            while True:
+                link.send_bytes(_answer(link.recv_bytes(), groups))
+        dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # taking torch down in good order costs a second of processor time
+
+
+def _end_with_parent(directory: Path) -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        shutil.rmtree(directory, ignore_errors=True)
+        os._exit(1)
+
+
+def _answer(job: bytes, groups: dict[tuple[int, int], dist.ProcessGroup]) -> bytes:
+    try:
+        return _dumps((_perform(job, groups), ""))
+    except BaseException:  # noqa: BLE001 - the caller sees it
+        return _dumps((None, traceback.format_exc()))
+
+
+def _perform(job: bytes, groups: dict[tuple[int, int], dist.ProcessGroup]) -> Any:
+    """Runs a job here; making a group takes every rank of the world, so all get every job."""
+    num_ranks, num_failed, fn, args = _loads(job)
+    key = (num_ranks, num_failed)
+    if key not in groups:
+        groups[key] = dist.new_group(list(range(num_ranks)), backend="gloo")
+    return fn(groups[key], *args) if dist.get_rank() < num_ranks else None
+
+
+def _call_with_rank(group: dist.ProcessGroup, fn: Job, num_ranks: int, *args: Any) -> Any:
+    return fn(group.rank(), num_ranks, *args)
+
+
+def _dumps(value: Any) -> bytes:
+    """Pickles without shared memory: tensors travel as bytes and belong to who reads them."""
+    data = io.BytesIO()
+    torch.save(value, data)
+    return data.getvalue()
+
+
+def _loads(data: bytes) -> Any:
+    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=False)
