@@ -83,7 +83,8 @@ class DispatchArguments:
         if _env.debug() and self.topk_idx is not None:
             _check_presence(self.topk_idx, in_rank, experts_here)
         idx = None if self.topk_idx is None else self.topk_idx.int()
-        return RoutingShare(in_rank, per_expert, idx, self.topk_weights)
+        weights = None if self.topk_weights is None else self.topk_weights.detach()
+        return RoutingShare(in_rank, per_expert, idx, weights)
 
     def _check_numbers(self) -> None:
         if self.expert_alignment < 1:

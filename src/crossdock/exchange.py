@@ -21,8 +21,8 @@ from typing import Generic
 import torch
 
 from crossdock import layouts, ops
-from crossdock.codec import AnyTokens, join, split, token_format
-from crossdock.errors import HandleError
+from crossdock.codec import AnyTokens, Tokens, join, split, token_format
+from crossdock.errors import HandleError, UnsupportedError
 from crossdock.formats import TokenFormat
 from crossdock.handle import Handle
 from crossdock.routing import RoutingShare, RoutingTable, ShareShape
@@ -100,7 +100,7 @@ class Exchange:
         num_experts = routing.num_tokens_per_expert.shape[0]
         experts_here = num_local_experts(num_experts, self._num_ranks)
         with self._session.call(Operation.DISPATCH) as attempt:
-            form, planes, share = token_format(x), split(x), routing.to_bytes()
+            form, planes, share = token_format(x), self._planes(x), routing.to_bytes()
             header = _dispatch_header(attempt, form, routing, share.numel())
             header = self._with_room(header, form, num_rows=num_worst_tokens)
             table = _table(attempt.route(header, share), routing, planes[0].device)
@@ -138,7 +138,7 @@ class Exchange:
             HandleError: the handle is of another number of tokens, or of another rank.
         """
         with self._session.call(Operation.CACHED_DISPATCH) as attempt:
-            form, planes = token_format(x), split(x)
+            form, planes = token_format(x), self._planes(x)
             counts = self._checked_counts(handle, planes[0].shape[0])
             header = attempt.header(form, num_tokens=handle.num_tokens, checksum=_checksum(counts))
             attempt.route(self._with_room(header, form, num_rows=handle.num_recv_rows))
@@ -171,7 +171,7 @@ class Exchange:
             HandleError: the handle does not fit `x`, or belongs to another rank.
         """
         with self._session.call(Operation.COMBINE) as attempt:
-            planes = [part.detach().contiguous() for part in (x, topk_weights) if part is not None]
+            planes = self._planes(x if topk_weights is None else (x, topk_weights))
             counts = self._checked_counts(handle, handle.num_tokens)
             if planes[0].shape[0] != handle.num_recv_rows:
                 raise HandleError(
@@ -198,6 +198,15 @@ class Exchange:
             attempt.route(self._with_room(header, form, num_rows=0))
             attempt.move([], [slice(0)] * self._num_ranks, self._no_rows(), keep=False)
         self._session.settle_in()
+
+    def _planes(self, x: Tokens) -> list[torch.Tensor]:
+        """The planes of `x`, if the transport can move them."""
+        planes = split(x)
+        device, able = planes[0].device.type, self._session.transport.device_types
+        if able and device not in able:
+            name = self._session.transport.name
+            raise UnsupportedError(f"the {name} transport moves {able} tensors, x is on {device}")
+        return planes
 
     def _no_rows(self) -> layouts.Counts:
         return [[0] * self._num_ranks for _ in range(self._num_ranks)]

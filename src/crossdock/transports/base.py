@@ -175,9 +175,14 @@ class Transport(Protocol):
     The two verbs are collective: every rank calls them in the same order, also with nothing to
     send. What all ranks learn together (`RankMismatchError`, `PeerRefusedError`,
     `BufferTooSmallError`) leaves the transport usable; after any other error it is not.
+
+    Attributes:
+        name: as `select` knows it.
+        device_types: kinds of device whose rows it moves; empty for any.
     """
 
     name: str
+    device_types: tuple[str, ...]
 
     def route(self, call: Call, header: Header, share: torch.Tensor) -> Routed:
         """Tell every rank the header and the share, and learn theirs.
@@ -255,6 +260,10 @@ class Heap(Protocol):
 
     def words(self, rank: int) -> memoryview:
         """The same memory as 64-bit integers. Aligned loads and stores of one are atomic."""
+        ...
+
+    def span(self, rank: int, begin: int, end: int) -> memoryview:
+        """Some bytes of it, as an object of its own, whose end can be watched."""
         ...
 
 

@@ -37,6 +37,7 @@ class Collective:
     """
 
     name = "collective"
+    device_types: tuple[str, ...] = ()
 
     def __init__(self, topology: Topology, group: dist.ProcessGroup) -> None:
         self._rank, self._num_ranks = topology.rank, topology.num_ranks

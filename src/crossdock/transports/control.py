@@ -28,6 +28,7 @@ _BLOCK_WORDS = BLOCK_BYTES // 8
 _FAILED, _NOTE, _HEADERS, _TEXT = 4, 5, 9, 9 + 2 * HEADER_WORDS
 _NOTE_WORDS = _HEADERS - _NOTE
 _TEXT_BYTES = (_BLOCK_WORDS - _TEXT) * 8
+_CAUSE_BYTES = _TEXT_BYTES // 3
 
 
 class Signal(IntEnum):
@@ -131,10 +132,11 @@ class Control:
 
     def fail(self, call: Call, error: BaseException) -> None:
         """Tell every peer at once that this rank gave up, and because of whom."""
-        cause = {"text": f"{type(error).__name__}: {error}"[:200]}
+        text = f"{type(error).__name__}: {error}".encode()[:_CAUSE_BYTES].decode(errors="ignore")
         missing = error.missing if isinstance(error, PeerTimeoutError) else []
+        cause = json.dumps({"text": text, "missing": missing}, ensure_ascii=False)
         for words in self._theirs:
-            self._write_text(words, json.dumps({**cause, "missing": missing}))
+            self._write_text(words, cause)
             words[self._at(self._rank, _FAILED)] = call.sequence
 
     def _raise_failures(self, call: Call, phase: str, waited_s: float) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import mmap
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -74,7 +75,7 @@ def attach(address: Address) -> mmap.mmap:
     """
     path = f"/proc/{address.pid}/fd/{address.fd}"
     try:
-        if f"memfd:{_NAME}" not in os.readlink(path):
+        if f"memfd:{_NAME}" not in str(Path(path).readlink()):
             raise TransportError(f"{path} is not a crossdock segment: its owner has gone")
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:

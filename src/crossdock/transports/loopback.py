@@ -114,6 +114,7 @@ class Loopback:
     """
 
     name = "loopback"
+    device_types: tuple[str, ...] = ()
 
     def __init__(self, topology: Topology) -> None:
         self._rank, self._num_ranks = topology.rank, topology.num_ranks

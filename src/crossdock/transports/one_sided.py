@@ -26,7 +26,7 @@ from crossdock import ops
 from crossdock.config import NUM_ZONES, align
 from crossdock.errors import BufferTooSmallError, TransportError
 from crossdock.topology import Topology
-from crossdock.transports.base import Call, Header, Routed, check_agreement
+from crossdock.transports.base import Call, Header, Heap, Routed, check_agreement
 from crossdock.transports.control import BLOCK_BYTES, Control, Signal
 from crossdock.transports.heap_shm import Address, Segment, ShmHeap
 
@@ -103,7 +103,7 @@ class Capacity:
 class _Generation:
     """One heap of all ranks, from one growth to the next."""
 
-    def __init__(self, heap: ShmHeap, capacity: Capacity, rank: int) -> None:
+    def __init__(self, heap: Heap, capacity: Capacity, rank: int) -> None:
         self.capacity = capacity
         self._heap = heap
         self._rank = rank
@@ -146,13 +146,14 @@ class OneSided:
     """
 
     name = "one_sided"
+    device_types: tuple[str, ...] = ("cpu",)
 
     def __init__(
         self,
         topology: Topology,
         *,
         reserve: Callable[[int], Segment] = Segment,
-        join: Callable[[Segment, Sequence[Address]], ShmHeap] = ShmHeap,
+        join: Callable[[Segment, Sequence[Address]], Heap] = ShmHeap,
         start_bytes: int = 0,
         max_bytes: int = 0,
     ) -> None:
@@ -166,17 +167,17 @@ class OneSided:
         self._current = _Generation(heap, start, self._rank)
         self._zones: list[int] = []
 
-    def _open(self, topology: Topology, nbytes: int) -> ShmHeap:
+    def _open(self, topology: Topology, nbytes: int) -> Heap:
         """Open a heap over the bootstrap; every rank raises if one cannot."""
         segment = _try(lambda: self._reserve(nbytes))
         told = str(segment) if isinstance(segment, Exception) else tuple(segment.address)
         everyone = topology.allgather(told)
         _raise_any({r: text for r, text in enumerate(everyone) if isinstance(text, str)})
         addresses = [Address(*address) for address in everyone]
-        heap = _try(lambda: self._join(cast(Segment, segment), addresses))
+        heap = _try(lambda: self._join(cast("Segment", segment), addresses))
         problems = topology.allgather(str(heap) if isinstance(heap, Exception) else "")
         _raise_any({r: text for r, text in enumerate(problems) if text})
-        return cast(ShmHeap, heap)
+        return cast("Heap", heap)
 
     def route(self, call: Call, header: Header, share: torch.Tensor) -> Routed:
         """See `Transport.route`."""
@@ -298,7 +299,7 @@ class OneSided:
         self._control.wait(Signal.GROWN, call, phase="grow")
         notes = self._control.notes()
         _raise_any({r: f"{note[2]} bytes" for r, note in enumerate(notes) if note[3]})
-        heap = self._join(cast(Segment, segment), [Address(*note[:3]) for note in notes])
+        heap = self._join(cast("Segment", segment), [Address(*note[:3]) for note in notes])
         self._current = _Generation(heap, capacity, self._rank)
 
 

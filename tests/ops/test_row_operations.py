@@ -1,0 +1,108 @@
+"""The worked examples of the row operations, and the arithmetic they promise."""
+
+from __future__ import annotations
+
+import ast
+import re
+from typing import Any
+
+import pytest
+import torch
+
+from crossdock import ops
+from crossdock.ops import torch_ops
+
+_DTYPES = {"tokens": torch.int64, "row_splits": torch.int64, "slots": torch.int64}
+
+
+def examples_of(verb: str) -> list[tuple[dict[str, Any], Any]]:
+    """The worked examples of a docstring: arguments and result of each `... -> ...`."""
+    text = re.search(r"Example:(.*)", getattr(ops, verb).__doc__, re.DOTALL).group(1)
+    found, arguments = [], {}
+    for part in " ".join(text.split()).split(";"):
+        given, result = part.split("->")
+        for name, value in re.findall(r"(\w+)=(.+?)(?=, \w+=|\s*$)", given.strip()):
+            arguments[name] = ast.literal_eval(value)
+        found.append((dict(arguments), ast.literal_eval(re.search(r"\[.*\]", result).group(0))))
+    return found
+
+
+def run(implementation: Any, verb: str, arguments: dict[str, Any], result: Any) -> list[Any]:
+    tensors = {
+        name: value
+        if isinstance(value, int)
+        else torch.tensor(value, dtype=_DTYPES.get(name, torch.float32))
+        for name, value in arguments.items()
+    }
+    if verb == "send":
+        tensors["landing"] = torch.full((len(result), len(result[0])), torch.nan)
+        implementation.send(**tensors)
+        return tensors["landing"].tolist()
+    return getattr(implementation, verb)(**tensors).tolist()
+
+
+@pytest.mark.parametrize("implementation", [ops, torch_ops], ids=["package", "torch"])
+@pytest.mark.parametrize("verb", ops.__all__)
+def test_worked_examples(verb: str, implementation: Any) -> None:
+    examples = examples_of(verb)
+    assert examples
+    for arguments, result in examples:
+        assert run(implementation, verb, arguments, result) == result
+
+
+def test_an_example_that_is_wrong_is_noticed() -> None:
+    (arguments, result), *_ = examples_of("reduce")
+    result[0][0] += 1
+    assert run(torch_ops, "reduce", arguments, result) != result
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("hidden", [1, 7, 33, 4096])
+@pytest.mark.parametrize("num_bias", [0, 1, 2])
+def test_reduce_rounds_once_in_slot_order(dtype: torch.dtype, hidden: int, num_bias: int) -> None:
+    generator = torch.Generator().manual_seed(hidden)
+    rows = torch.randn(300, hidden, generator=generator).to(dtype)
+    lengths = torch.tensor([0, 1, 4, 22, 100, 3, 0])
+    row_splits = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    slots = torch.randperm(300, generator=generator)[: int(row_splits[-1])]
+    bias = [torch.randn(7, hidden, generator=generator).to(dtype) for _ in range(num_bias)]
+    total = torch.zeros(7, hidden)
+    for token in range(7):
+        for slot in slots[row_splits[token] : row_splits[token + 1]]:
+            total[token] += rows[slot].float()
+        for term in bias:
+            total[token] += term[token].float()
+    assert torch.equal(torch_ops.reduce(rows, row_splits, slots, bias), total.to(dtype))
+
+
+def test_reduce_does_not_read_rows_that_nobody_names() -> None:
+    rows = torch.full((4, 8), torch.nan, dtype=torch.bfloat16)
+    rows[2] = 1
+    out = torch_ops.reduce(rows, torch.tensor([0, 1, 1]), torch.tensor([2]))
+    assert out.tolist() == [[1.0] * 8, [0.0] * 8]
+
+
+def test_reduce_rounds_ties_to_even() -> None:
+    rows = torch.tensor([[1.0], [2.0**-8], [3 * 2.0**-8]], dtype=torch.bfloat16)
+    out = torch_ops.reduce(rows, torch.tensor([0, 2, 4]), torch.tensor([0, 1, 0, 2]))
+    assert out.flatten().tolist() == [1.0, 1 + 2.0**-6]
+
+
+@pytest.mark.parametrize("hidden", [0, 5])
+def test_reduce_of_nothing_is_zero(hidden: int) -> None:
+    nothing = torch.empty(0, dtype=torch.int64)
+    out = torch_ops.reduce(torch.empty(0, hidden), torch.zeros(4, dtype=torch.int64), nothing)
+    assert out.shape == (3, hidden)
+    assert not out.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.uint8, torch.bfloat16, torch.int32])
+def test_send_and_place_move_every_bit(dtype: torch.dtype) -> None:
+    raw = torch.randint(0, 256, (6, 16), dtype=torch.uint8)
+    rows = raw.view(dtype)
+    landing = torch.zeros_like(rows[:3])
+    torch_ops.send(rows, torch.tensor([1, 4, 5]), landing)
+    assert torch.equal(landing.view(torch.uint8), raw[[1, 4, 5]])
+    torch_ops.send(rows, slice(2, 5), landing)
+    assert torch.equal(torch_ops.place(landing, 3).view(torch.uint8), raw[2:5])
+    assert not torch_ops.place(landing, 5).view(torch.uint8)[3:].any()
