@@ -1,7 +1,8 @@
 """crossdock: expert-parallel dispatch and combine of Mixture-of-Experts tokens.
 
-`Buffer` moves tokens to the ranks that own their experts and brings the outputs back. Differentiable
-operations are in `crossdock.autograd`, a complete layer in `crossdock.nn`. Importing does no work.
+`Buffer` moves tokens to the ranks that own their experts and brings the outputs back.
+`crossdock.autograd` has the same as differentiable operations, `crossdock.nn` a complete layer.
+Importing does no work.
 """
 
 from crossdock.buffer import Buffer, topk_idx_t

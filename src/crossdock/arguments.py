@@ -123,6 +123,7 @@ def _check_presence(
 def check_combine(
     x: torch.Tensor,
     handle: Handle,
+    *,
     topk_weights: torch.Tensor | None,
     bias: Sequence[torch.Tensor],
 ) -> None:

@@ -32,7 +32,7 @@ __all__ = ["DispatchedTokens", "GraphHandle", "buffer_key", "combine", "dispatch
 
 
 class GraphHandle(NamedTuple):
-    """A `Handle` inside a graph: its six tensors, then the tie. `handle[:6]` is what `Buffer` takes.
+    """A `Handle` inside a graph: its six tensors, then the tie. A `Buffer` takes `handle[:6]`.
 
     Attributes:
         tie: [0] float32. Carries no value; the gradient that passes through it makes dispatch's
@@ -174,7 +174,10 @@ _buffers = _Buffers()
 
 
 def _in_graph(x: Tensor) -> Tensor:
-    """`x`, or a leaf in its place where a tensor without rows would drop out of the graph."""
+    """`x`, or a leaf in its place where a tensor without rows would drop out of the graph.
+
+    A compiled function cannot make a leaf: there `x` or the weights have to need gradients.
+    """
     if torch.compiler.is_compiling() or x.requires_grad or not torch.is_grad_enabled():
         return x
     return x if x.shape[0] else x.detach().requires_grad_()
@@ -186,7 +189,7 @@ def _dispatch(
 ) -> list[Tensor]:
     buffer = _buffers[key]
     to_rank, _, to_expert, is_in_rank, _ = buffer.get_dispatch_layout(topk_idx, num_experts)
-    recv_x, recv_idx, recv_weights, counts, handle, _ = buffer.dispatch(
+    received: Any = buffer.dispatch(
         x,
         num_tokens_per_rank=to_rank,
         is_token_in_rank=is_in_rank,
@@ -194,8 +197,9 @@ def _dispatch(
         topk_idx=topk_idx,
         topk_weights=topk_weights,
     )
+    recv_x, recv_topk_idx, recv_topk_weights, counts, handle, _ = received
     num_rows = torch.tensor(counts, dtype=torch.int64, device="cpu")
-    return [recv_x, recv_idx, recv_weights, num_rows, *handle, _nothing(x, 0)]
+    return [recv_x, recv_topk_idx, recv_topk_weights, num_rows, *handle, _nothing(x, 0)]
 
 
 @torch.library.custom_op("crossdock::resend", mutates_args=())

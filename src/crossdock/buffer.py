@@ -99,8 +99,12 @@ class Buffer:
         timeout_s: float | None = None,
         first_call_timeout_s: float | None = None,
     ) -> None:
-        if low_latency_mode or enable_shrink:
-            raise UnsupportedError("low_latency_mode and enable_shrink are not in this version")
+        for wanted, given in (
+            ("low_latency_mode", low_latency_mode),
+            ("enable_shrink", enable_shrink),
+        ):
+            if given:
+                raise UnsupportedError(f"{wanted} is not in this version")
         if max_buffer_bytes and num_nvl_bytes > max_buffer_bytes:
             raise ConfigError(
                 f"num_nvl_bytes={num_nvl_bytes} is more than max_buffer_bytes={max_buffer_bytes}"
@@ -295,7 +299,7 @@ class Buffer:
         named = self._handle(handle, Operation.COMBINE)
         terms = () if bias is None else bias if isinstance(bias, tuple) else (bias,)
         try:
-            check_combine(x, named, topk_weights, terms)
+            check_combine(x, named, topk_weights=topk_weights, bias=terms)
         except ConfigError as error:
             self._session.refuse(Operation.COMBINE, error)
         done = self._exchange.combine(x, named, topk_weights=topk_weights, bias=terms)

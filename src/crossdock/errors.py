@@ -99,8 +99,9 @@ class PeerTimeoutError(TransportError, TimeoutError):
     Attributes:
         missing: the ranks that did not come, ascending.
         operation: what this rank was doing ("dispatch", "combine", ...).
-        epoch: number of the call in this buffer, from 1.
-        phase: the step of the operation that was waited for ("route", "land").
+        epoch: number of the call in this buffer, from 1; the same on all ranks.
+        phase: the step that was waited for: "route" (headers and routing), "grow" (memory) or
+            "land" (rows).
         waited_s: how long this rank waited, in seconds.
         peers: rank -> the last that was heard of it, as text.
     """
@@ -127,7 +128,8 @@ class PeerTimeoutError(TransportError, TimeoutError):
         super().__init__(
             f"{operation} {epoch}: rank(s) {names} did not come within {waited_s:.1f} s "
             f"(waiting in phase '{phase}'). Last heard: {told}. "
-            "Every rank must make the same calls in the same order." + (f" {note}" if note else "")
+            "Every rank must make the same calls in the same order, within the deadline."
+            + (f" {note}" if note else "")
         )
 
 

@@ -27,7 +27,7 @@ from crossdock.formats import TokenFormat
 from crossdock.handle import Handle
 from crossdock.routing import RoutingShare, RoutingTable, ShareShape
 from crossdock.topology import Topology, num_local_experts
-from crossdock.transports.base import Header, Operation, Routed
+from crossdock.transports.base import Header, Operation, Routed, Shipment
 from crossdock.transports.session import Attempt, Session
 
 __all__ = ["Combined", "Dispatched", "Exchange"]
@@ -101,13 +101,13 @@ class Exchange:
         experts_here = num_local_experts(num_experts, self._num_ranks)
         with self._session.call(Operation.DISPATCH) as attempt:
             form, planes, share = token_format(x), self._planes(x), routing.to_bytes()
-            header = _dispatch_header(attempt, form, routing, share.numel())
+            header = replace(_dispatch_header(attempt, form, routing), share_bytes=share.numel())
             header = self._with_room(header, form, num_rows=num_worst_tokens)
             table = _table(attempt.route(header, share), routing, planes[0].device)
             layout = layouts.rank_major(table, self._rank)
             counts = layouts.counts_of_prefix(layout.rank_prefix_matrix)
             sends = layouts.send_tokens(routing.is_token_in_rank)
-            rows = attempt.move(planes, sends, counts, keep=not num_worst_tokens)
+            rows = attempt.move(Shipment(planes, sends, counts), keep=not num_worst_tokens)
             if num_worst_tokens:
                 rows = [ops.place(plane, num_worst_tokens) for plane in rows]
             num_rows = rows[0].shape[0]
@@ -122,7 +122,7 @@ class Exchange:
                 mine.topk_idx,
                 mine.topk_weights,
                 [] if num_worst_tokens else per_expert,
-                _handle(layout, counts, routing.is_token_in_rank, self._rank, num_rows),
+                self._handle(layout, routing.is_token_in_rank, num_rows=num_rows),
             )
 
     def dispatch_again(self, x: AnyTokens, handle: Handle) -> AnyTokens:
@@ -144,7 +144,7 @@ class Exchange:
             attempt.route(self._with_room(header, form, num_rows=handle.num_recv_rows))
             exact = sum(row[self._rank] for row in counts) == handle.num_recv_rows
             sends = layouts.send_tokens(handle.is_token_in_rank)
-            rows = attempt.move(planes, sends, counts, keep=exact)
+            rows = attempt.move(Shipment(planes, sends, counts), keep=exact)
             if not exact:
                 rows = [ops.place(plane, handle.num_recv_rows) for plane in rows]
             return join(rows, x)
@@ -177,13 +177,15 @@ class Exchange:
                 raise HandleError(
                     f"x has {planes[0].shape[0]} rows, the handle {handle.num_recv_rows}"
                 )
-            headers = attempt.route(_combine_header(attempt, planes, handle, counts)).headers
+            header = replace(_combine_header(attempt, planes, handle), checksum=_checksum(counts))
+            headers = attempt.route(header).headers
             kept = layouts.surviving_counts(counts, [header.num_rows for header in headers])
             sends = _consecutive([row[self._rank] for row in kept])
-            rows = attempt.move(planes, sends, layouts.transpose(kept), keep=False)
+            shipment = Shipment(planes, sends, layouts.transpose(kept))
+            rows = attempt.move(shipment, keep=False)
             plan = layouts.reduce_plan(handle.send_head, kept[self._rank])
             sums = [
-                ops.reduce(plane, plan.row_splits, plan.slots, terms)
+                ops.reduce(plane, plan.row_splits, plan.slots, bias=terms)
                 for plane, terms in zip(rows, (bias, ()), strict=False)
             ]
             return Combined(sums[0], sums[1] if len(sums) > 1 else None)
@@ -196,8 +198,23 @@ class Exchange:
         with self._session.call(Operation.WARMUP) as attempt:
             header = attempt.header(form, num_tokens=num_tokens)
             attempt.route(self._with_room(header, form, num_rows=0))
-            attempt.move([], [slice(0)] * self._num_ranks, self._no_rows(), keep=False)
+            nothing = [[0] * self._num_ranks for _ in range(self._num_ranks)]
+            attempt.move(Shipment([], [slice(0)] * self._num_ranks, nothing), keep=False)
         self._session.settle_in()
+
+    def _handle(
+        self, layout: layouts.RankMajor, is_token_in_rank: torch.Tensor, *, num_rows: int
+    ) -> Handle:
+        prefix = layout.rank_prefix_matrix
+        received = prefix[:, self._rank].diff(prepend=prefix.new_zeros(1))
+        return Handle(
+            prefix,
+            is_token_in_rank.sum(0, dtype=torch.int32).unsqueeze(1),
+            received.unsqueeze(1),
+            layouts.pad_rows(layout.recv_src_idx, num_rows, fill=0),
+            is_token_in_rank,
+            layouts.send_head_of(is_token_in_rank),
+        )
 
     def _planes(self, x: Tokens) -> list[torch.Tensor]:
         """The planes of `x`, if the transport can move them."""
@@ -207,9 +224,6 @@ class Exchange:
             name = self._session.transport.name
             raise UnsupportedError(f"the {name} transport moves {able} tensors, x is on {device}")
         return planes
-
-    def _no_rows(self) -> layouts.Counts:
-        return [[0] * self._num_ranks for _ in range(self._num_ranks)]
 
     def _with_room(self, header: Header, form: TokenFormat, *, num_rows: int) -> Header:
         """The header with what the transport must make room for: this call and its combine."""
@@ -233,9 +247,7 @@ class Exchange:
         return counts
 
 
-def _dispatch_header(
-    attempt: Attempt, form: TokenFormat, routing: RoutingShare, share_bytes: int
-) -> Header:
+def _dispatch_header(attempt: Attempt, form: TokenFormat, routing: RoutingShare) -> Header:
     topk_idx, weights = routing.topk_idx, routing.topk_weights
     return attempt.header(
         form,
@@ -243,20 +255,16 @@ def _dispatch_header(
         num_topk=0 if topk_idx is None else topk_idx.shape[1],
         num_experts=routing.num_tokens_per_expert.shape[0],
         flags=(topk_idx is not None) + 2 * (weights is not None),
-        share_bytes=share_bytes,
     )
 
 
-def _combine_header(
-    attempt: Attempt, planes: Sequence[torch.Tensor], handle: Handle, counts: layouts.Counts
-) -> Header:
+def _combine_header(attempt: Attempt, planes: Sequence[torch.Tensor], handle: Handle) -> Header:
     return attempt.header(
         token_format(planes[0]),
         num_tokens=handle.num_tokens,
         num_rows=planes[0].shape[0],
         num_topk=planes[1].shape[1] if len(planes) > 1 else 0,
         row_bytes=sum(plane.shape[1] * plane.dtype.itemsize for plane in planes),
-        checksum=_checksum(counts),
     )
 
 
@@ -277,24 +285,6 @@ def _table(routed: Routed, routing: RoutingShare, device: torch.device) -> Routi
         for header, raw in zip(routed.headers, routed.shares, strict=True)
     ]
     return RoutingTable.from_shares(shares)
-
-
-def _handle(
-    layout: layouts.RankMajor,
-    counts: layouts.Counts,
-    is_token_in_rank: torch.Tensor,
-    rank: int,
-    num_rows: int,
-) -> Handle:
-    device = is_token_in_rank.device
-    return Handle(
-        layout.rank_prefix_matrix,
-        torch.tensor(counts[rank], dtype=torch.int32, device=device).unsqueeze(1),
-        torch.tensor([row[rank] for row in counts], dtype=torch.int32, device=device).unsqueeze(1),
-        layouts.pad_rows(layout.recv_src_idx, num_rows, fill=0),
-        is_token_in_rank,
-        layouts.send_head_of(is_token_in_rank),
-    )
 
 
 def _consecutive(lengths: Sequence[int]) -> list[slice]:

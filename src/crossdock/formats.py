@@ -7,6 +7,7 @@ needs more than that; the arithmetic of encoding and decoding lives in `codec`.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 
@@ -14,18 +15,20 @@ from crossdock.errors import ShapeError
 
 __all__ = ["ELEMENT_CODES", "TokenFormat", "check_element", "check_scale", "describe_code"]
 
-ELEMENT_CODES = {
-    torch.bfloat16: 1,
-    torch.float16: 2,
-    torch.float32: 3,
-    torch.float8_e4m3fn: 4,
-    torch.float8_e5m2: 5,
-    torch.int8: 6,
-    torch.uint8: 7,
-}
+ELEMENT_CODES = MappingProxyType(
+    {
+        torch.bfloat16: 1,
+        torch.float16: 2,
+        torch.float32: 3,
+        torch.float8_e4m3fn: 4,
+        torch.float8_e5m2: 5,
+        torch.int8: 6,
+        torch.uint8: 7,
+    }
+)
 """Payload element -> number that headers carry, so that ranks can compare what they send."""
 
-_SCALE_CODES = {torch.float32: 1, torch.int32: 2}
+_SCALE_CODES = MappingProxyType({torch.float32: 1, torch.int32: 2})
 
 
 @dataclass(frozen=True)

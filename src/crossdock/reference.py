@@ -83,7 +83,7 @@ class ReferenceCombine(NamedTuple):
 
 
 def layout(topk_idx: Tensor, num_experts: int, num_ranks: int) -> ReferenceLayout:
-    """Says where the tokens of one rank go.
+    """Say where the tokens of one rank go.
 
     A token counts once per rank, however many of that rank's experts it chose, and once per
     occurrence for each expert; -1 chooses nothing.
@@ -116,7 +116,7 @@ def layout(topk_idx: Tensor, num_experts: int, num_ranks: int) -> ReferenceLayou
 
 
 def arrivals(is_token_in_ranks: Sequence[Tensor]) -> list[list[Origin]]:
-    """Lists for every rank the origins of its rows: by source rank, inside a source by token.
+    """List for every rank the origins of its rows: by source rank, inside a source by token.
 
     Example: the world above gives `[[(0, 0), (0, 1), (1, 0)], [(0, 0), (0, 2), (1, 0)]]`.
 
@@ -143,7 +143,7 @@ def dispatch(
     is_token_in_ranks: Sequence[Tensor] | None = None,
     num_tokens_per_experts: Sequence[Tensor] | None = None,
 ) -> list[ReferenceDispatch]:
-    """Says what every rank receives.
+    """Say what every rank receives.
 
     Example: the world above with `xs = [[[10], [20], [30]], [[40]]]` and weights
     `[[[.1, .2], [.3, .4], [.5, .6]], [[.7, .8]]]` gives rank 1::
@@ -191,7 +191,7 @@ def combine(
     biases: Sequence[Sequence[Tensor]] | None = None,
     is_token_in_ranks: Sequence[Tensor] | None = None,
 ) -> list[ReferenceCombine]:
-    """Says what every rank gets back: for each token the sum of its rows, then its biases.
+    """Say what every rank gets back: for each token the sum of its rows, then its biases.
 
     Nothing is weighted. `topk_weights` travel beside the rows and are summed the same way, slot by
     slot. A token that went nowhere gets zeros, plus its biases.
@@ -230,7 +230,7 @@ def combine(
 
 
 def calc_diff(a: Tensor, b: Tensor) -> float:
-    """Says how far apart two tensors are, as one number: `1 - 2 sum(ab) / sum(aa + bb)`.
+    """Say how far apart two tensors are, as one number: `1 - 2 sum(ab) / sum(aa + bb)`.
 
     Equal tensors give 0 (also two empty or all-zero ones), opposite ones 2. A NaN anywhere gives
     NaN, which no bound admits.
@@ -259,7 +259,7 @@ def _rank_prefix_matrix(origins: Sequence[Sequence[Origin]]) -> Tensor:
 
 
 def _gather(xs: Sequence[Rows], origins: Sequence[Origin]) -> Rows:
-    """Copies the rows of the given origins, and their scales if they have some."""
+    """Copy the rows of the given origins, and their scales if they have some."""
     parts = [x if isinstance(x, tuple) else (x,) for x in xs]
     gathered = [
         _gather_part([each[part] for each in parts], origins) for part in range(len(parts[0]))
@@ -282,7 +282,7 @@ def _slots(
     *,
     experts: range,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gives each received row's choices as seen by the rank that owns `experts`."""
+    """Give each received row's choices as seen by the rank that owns `experts`."""
     if topk_idxs is None:
         return None, None
     num_topk = topk_idxs[0].shape[1]
@@ -300,7 +300,7 @@ def _slots(
 def _sum_back(
     rows: Sequence[Tensor], origins: Sequence[Sequence[Origin]], num_tokens: Sequence[int]
 ) -> list[Tensor]:
-    """Adds every rank's rows, in float64, to the tokens they came from."""
+    """Add every rank's rows, in float64, to the tokens they came from."""
     width = rows[0].shape[1]
     sums = [torch.zeros((num, width), dtype=torch.float64, device="cpu") for num in num_tokens]
     for rank, sent in enumerate(rows):

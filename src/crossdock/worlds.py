@@ -66,7 +66,7 @@ class WorldError(RuntimeError):
 
 
 def spawn(fn: Job, num_ranks: int, *args: Any, timeout_s: float = 120.0) -> list[Any]:
-    """Runs `fn(rank, num_ranks, *args)` on fresh processes and returns the results by rank.
+    """Run `fn(rank, num_ranks, *args)` on fresh processes and return the results by rank.
 
     In each process the default process group is a gloo group of all ranks, torch has one thread,
     and Ctrl-C is left to the caller's process. `fn`, `args` and results are pickled (tensors come
@@ -100,7 +100,7 @@ class Pool(contextlib.AbstractContextManager["Pool"]):
     def run(
         self, fn: Job, *args: Any, num_ranks: int | None = None, timeout_s: float = 60.0
     ) -> list[Any]:
-        """Runs `fn(group, *args)` on the first `num_ranks` ranks; returns the results by rank.
+        """Run `fn(group, *args)` on the first `num_ranks` ranks; return the results by rank.
 
         `group` is a gloo process group of exactly those ranks, the same one in every job until a
         job fails; then the next gets a new one, since messages may be left in the old.
@@ -128,7 +128,7 @@ class Pool(contextlib.AbstractContextManager["Pool"]):
         return [results[rank] for rank in range(size)]
 
     def close(self) -> None:
-        """Ends the processes. May be called again; a later `run` starts new ones."""
+        """End the processes. May be called again; a later `run` starts new ones."""
         if self._world is not None:
             self._world.stop()
             self._world = None
@@ -163,7 +163,7 @@ class RoutingCase:
     change: Callable[[Tensor, Tensor], Tensor] = lambda idx, _: idx
 
     def make(self, num_ranks: int, seed: int = 0) -> Routing:
-        """Draws the case for `num_ranks` ranks; the same seed gives the same routing."""
+        """Draw the case for `num_ranks` ranks; the same seed gives the same routing."""
         generator = torch.Generator(device="cpu").manual_seed(seed)
         num_experts = self.num_local * num_ranks
         topk_idxs = []
@@ -178,7 +178,7 @@ class RoutingCase:
 def choose(
     num_tokens: int, num_experts: int, num_topk: int, *, generator: torch.Generator
 ) -> Tensor:
-    """Draws `num_topk` different experts for each token: `[T, K]` int64."""
+    """Draw `num_topk` different experts for each token: `[T, K]` int64."""
     order = _noise(num_tokens, num_experts, generator).argsort(dim=1)
     return order[:, :num_topk].contiguous()
 
@@ -212,14 +212,13 @@ ROUTING_CASES: Mapping[str, RoutingCase] = MappingProxyType(
 """The cases that every test of routing goes through."""
 
 
-def origin_rows(rank: int, num_tokens: int, hidden: int, dtype: torch.dtype) -> Tensor:
-    """Makes rows that name their origin: `[T, H]`, exact in bfloat16, float16 and wider.
+def origin_rows(rank: int, num_tokens: int, hidden: int, *, dtype: torch.dtype) -> Tensor:
+    """Make rows that name their origin: `[T, H]`, exact in bfloat16, float16 and wider.
 
-    The columns repeat three digits, t % 128, t // 128 and rank, each plus one (none is zero). Every
-    second three is negative, and each six is twice the last, seven times over, so that columns
-    cannot change places unseen either.
+    The columns repeat three digits, t % 128, t // 128 and rank, each plus one. Every second three
+    is negative, each six twice the last (seven times over): no columns change places unseen.
 
-    Example: `origin_rows(5, 3, 7, torch.bfloat16)[2]` is `[3, 1, 6, -3, -1, -6, 6]`.
+    Example: `origin_rows(5, 3, 7, dtype=torch.bfloat16)[2]` is `[3, 1, 6, -3, -1, -6, 6]`.
 
     Args:
         rank: The rank that owns the rows, below 128.
@@ -233,9 +232,9 @@ def origin_rows(rank: int, num_tokens: int, hidden: int, dtype: torch.dtype) -> 
 
 
 def origin_rows_fp8(
-    rank: int, num_tokens: int, hidden: int, scale_dtype: torch.dtype
+    rank: int, num_tokens: int, hidden: int, *, scale_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Makes quantised rows that name their origin: `([T, H] float8_e4m3fn, [T, ceil(H / 128)])`.
+    """Make quantised rows that name their origin: `([T, H] float8_e4m3fn, [T, ceil(H / 128)])`.
 
     The bytes of the payload are the digits of `origin_rows` in base 120 (no byte stands for NaN),
     negative in every second group of three. The scales, float32 or int32 (packed exponents, to
@@ -243,7 +242,7 @@ def origin_rows_fp8(
     """
     group = torch.arange(hidden, dtype=torch.int64, device="cpu") // 3
     codes = _digits(rank, num_tokens, hidden, base=120) + 128 * (group % 2)
-    scales = origin_rows(rank, num_tokens, -(-hidden // 128), scale_dtype)
+    scales = origin_rows(rank, num_tokens, -(-hidden // 128), dtype=scale_dtype)
     return codes.to(torch.uint8).view(torch.float8_e4m3fn), scales
 
 
@@ -267,7 +266,7 @@ class _World:
             raise WorldError(failures, {})
 
     def ask(self, job: bytes, timeout_s: float) -> tuple[dict[int, Any], dict[int, str]]:
-        """Gives every rank the job; returns what they returned and why others did not."""
+        """Give every rank the job; return what they returned and why others did not."""
         self.is_whole = False
         for _, link in self._ranks:
             with contextlib.suppress(OSError):
@@ -275,7 +274,7 @@ class _World:
         return self._settle(timeout_s)
 
     def stop(self) -> None:
-        """Lets idle processes end by themselves, and kills those that are at work or stuck."""
+        """Let idle processes end by themselves, and kill those that are at work or stuck."""
         for process, link in self._ranks:
             link.close()
             if not self.is_whole:
@@ -323,7 +322,7 @@ class _World:
         return answer
 
     def _stacks(self, ranks: list[int]) -> dict[int, str]:
-        """Says where the given ranks stand, by asking their fault handlers."""
+        """Say where the given ranks stand, by asking their fault handlers."""
         for rank in ranks:
             pid = self._ranks[rank][0].pid
             if pid is not None:
@@ -336,13 +335,14 @@ class _World:
 def _start(rank: int, num_ranks: int, directory: Path) -> tuple[BaseProcess, Connection]:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(rank, num_ranks, directory, theirs), daemon=True)
+    arguments = {"num_ranks": num_ranks, "directory": directory, "link": theirs}
+    process = context.Process(target=_serve, args=(rank,), kwargs=arguments, daemon=True)
     process.start()
     theirs.close()
     return process, ours
 
 
-def _serve(rank: int, num_ranks: int, directory: Path, link: Connection) -> None:
+def _serve(rank: int, *, num_ranks: int, directory: Path, link: Connection) -> None:
     """What a rank process does: takes jobs until nobody is there to give any."""
     with (directory / f"stack-{rank}").open("w") as stack:
         torch.set_num_threads(1)
@@ -377,7 +377,7 @@ def _answer(job: bytes, groups: dict[tuple[int, int], dist.ProcessGroup]) -> byt
 
 
 def _perform(job: bytes, groups: dict[tuple[int, int], dist.ProcessGroup]) -> Any:
-    """Runs a job here; making a group takes every rank of the world, so all get every job."""
+    """Run a job here; making a group takes every rank of the world, so all get every job."""
     num_ranks, num_failed, fn, args = _loads(job)
     key = (num_ranks, num_failed)
     if key not in groups:
@@ -390,7 +390,7 @@ def _call_with_rank(group: dist.ProcessGroup, fn: Job, num_ranks: int, *args: An
 
 
 def _dumps(value: Any) -> bytes:
-    """Pickles without shared memory: tensors travel as bytes and belong to who reads them."""
+    """Pickle without shared memory: tensors travel as bytes and belong to who reads them."""
     data = io.BytesIO()
     torch.save(value, data)
     return data.getvalue()

@@ -72,7 +72,7 @@ def test_reduce_rounds_once_in_slot_order(dtype: torch.dtype, hidden: int, num_b
             total[token] += rows[slot].float()
         for term in bias:
             total[token] += term[token].float()
-    assert torch.equal(torch_ops.reduce(rows, row_splits, slots, bias), total.to(dtype))
+    assert torch.equal(torch_ops.reduce(rows, row_splits, slots, bias=bias), total.to(dtype))
 
 
 def test_reduce_does_not_read_rows_that_nobody_names() -> None:

@@ -46,6 +46,7 @@ def reduce(
     rows: torch.Tensor,
     row_splits: torch.Tensor,
     slots: torch.Tensor,
+    *,
     bias: Sequence[torch.Tensor] = (),
 ) -> torch.Tensor:
     """Sum the rows that belong to each token.
@@ -61,4 +62,4 @@ def reduce(
 
     Example: rows=[[1],[2],[3]], row_splits=[0,2,2,3], slots=[0,2,1] -> [[4],[0],[2]]
     """
-    return torch_ops.reduce(rows, row_splits, slots, bias)
+    return torch_ops.reduce(rows, row_splits, slots, bias=bias)

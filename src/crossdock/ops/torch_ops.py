@@ -6,6 +6,7 @@ operation is bound by memory, so each one touches a row once.
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Sequence
 
@@ -42,6 +43,7 @@ def reduce(
     rows: torch.Tensor,
     row_splits: torch.Tensor,
     slots: torch.Tensor,
+    *,
     bias: Sequence[torch.Tensor] = (),
 ) -> torch.Tensor:
     """See `crossdock.ops.reduce`."""
@@ -61,6 +63,14 @@ def reduce(
     return out
 
 
+@functools.cache
+def _hear_beta_warning() -> None:
+    """Have torch say once, unheard, that sparse tensors are in beta; it says so once a process."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.eye(1, dtype=torch.float32, device="cpu").to_sparse_csr()
+
+
 def _segment_sum(rows: torch.Tensor, row_splits: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
     """Sum rows by segment, in slot order, accumulating in float32 and rounding once.
 
@@ -72,10 +82,15 @@ def _segment_sum(rows: torch.Tensor, row_splits: torch.Tensor, slots: torch.Tens
         return torch.zeros((num_tokens, rows.shape[1]), dtype=rows.dtype, device=rows.device)
     ones = torch.ones(slots.shape, dtype=rows.dtype, device=rows.device)
     size = (num_tokens, rows.shape[0])
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-        chosen = torch.sparse_csr_tensor(
-            row_splits, slots, ones, size=size, dtype=rows.dtype, check_invariants=False
-        )
+    _hear_beta_warning()
+    chosen = torch.sparse_csr_tensor(
+        row_splits,
+        slots,
+        ones,
+        size=size,
+        dtype=rows.dtype,
+        device=rows.device,
+        check_invariants=False,
+    )
     total: torch.Tensor = torch.sparse.mm(chosen, rows, "sum")
     return total

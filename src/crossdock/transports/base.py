@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
 from enum import IntEnum
+from types import MappingProxyType
 from typing import Protocol
 
 import torch
@@ -26,6 +27,7 @@ __all__ = [
     "Heap",
     "Operation",
     "Routed",
+    "Shipment",
     "Transport",
     "check_agreement",
 ]
@@ -113,19 +115,19 @@ class Header:
 
 HEADER_WORDS = len(fields(Header))
 
-_AGREED = {
-    "operation": "operation",
-    "sequence": "number of the call",
-    "hidden": "hidden size",
-    "format_code": "dtype of the rows",
-    "num_topk": "top-k",
-    "num_experts": "num_experts",
-    "flags": "presence of topk_idx and topk_weights",
-    "checksum": "handle",
-}
+_AGREED = (
+    ("operation", "operation"),
+    ("sequence", "number of the call"),
+    ("hidden", "hidden size"),
+    ("format_code", "dtype of the rows"),
+    ("num_topk", "top-k"),
+    ("num_experts", "num_experts"),
+    ("flags", "presence of topk_idx and topk_weights"),
+    ("checksum", "handle"),
+)
 
 
-_SHOWN = {"operation": Operation, "format_code": describe_code}
+_SHOWN = MappingProxyType({"operation": Operation, "format_code": describe_code})
 
 
 def check_agreement(
@@ -150,7 +152,7 @@ def check_agreement(
             )
         if header.refused:
             raise PeerRefusedError(rank, operation=str(call), reason=reason_of(rank))
-    for field, name in _AGREED.items():
+    for field, name in _AGREED:
         values = {rank: getattr(header, field) for rank, header in enumerate(headers)}
         if len(set(values.values())) > 1:
             show = _SHOWN.get(field, int)
@@ -167,6 +169,25 @@ class Routed:
 
     headers: list[Header]
     shares: list[torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Shipment:
+    """The rows of one exchange, seen from one rank.
+
+    Attributes:
+        planes: [n, width] contiguous tensors whose rows belong together.
+        sends: for each destination rank which rows it gets.
+        counts: [R][R], rows from each rank to each rank; equal on all ranks.
+    """
+
+    planes: Sequence[torch.Tensor]
+    sends: Sequence[torch.Tensor | slice]
+    counts: Sequence[Sequence[int]]
+
+    def num_arriving(self, dst: int, *, before: int | None = None) -> int:
+        """Rows for rank `dst`, from all ranks or from those before one."""
+        return sum(row[dst] for row in self.counts[:before])
 
 
 class Transport(Protocol):
@@ -201,26 +222,16 @@ class Transport(Protocol):
         """
         ...
 
-    def move(
-        self,
-        call: Call,
-        planes: Sequence[torch.Tensor],
-        sends: Sequence[torch.Tensor | slice],
-        counts: Sequence[Sequence[int]],
-        *,
-        keep: bool,
-    ) -> list[torch.Tensor]:
+    def move(self, call: Call, shipment: Shipment, *, keep: bool) -> list[torch.Tensor]:
         """Send rows to every rank and return what came, by source rank.
 
         Args:
             call: the call that `route` opened.
-            planes: [n, width] contiguous tensors whose rows belong together.
-            sends: for each destination rank which rows it gets.
-            counts: [R][R], rows from each rank to each rank; equal on all ranks.
+            shipment: the rows of this rank, and how many go between all ranks.
             keep: the result is the caller's for good; otherwise it lives until the next call.
 
         Returns:
-            One [sum of rows for this rank, width] tensor per plane.
+            One [rows for this rank, width] tensor per plane.
 
         Raises:
             PeerTimeoutError: some ranks did not send.

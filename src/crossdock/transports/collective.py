@@ -19,7 +19,14 @@ from torch.distributed.distributed_c10d import PrefixStore
 from crossdock import ops
 from crossdock.errors import PeerTimeoutError, TransportError
 from crossdock.topology import Topology
-from crossdock.transports.base import Call, Deadline, Header, Routed, check_agreement
+from crossdock.transports.base import (
+    Call,
+    Deadline,
+    Header,
+    Routed,
+    Shipment,
+    check_agreement,
+)
 
 __all__ = ["Collective"]
 
@@ -56,21 +63,13 @@ class Collective:
         )
         return routed
 
-    def move(
-        self,
-        call: Call,
-        planes: Sequence[torch.Tensor],
-        sends: Sequence[torch.Tensor | slice],
-        counts: Sequence[Sequence[int]],
-        *,
-        keep: bool,
-    ) -> list[torch.Tensor]:
+    def move(self, call: Call, shipment: Shipment, *, keep: bool) -> list[torch.Tensor]:
         """See `Transport.move`. The result is always the caller's own."""
-        out_splits = list(counts[self._rank])
-        in_splits = [row[self._rank] for row in counts]
+        out_splits = list(shipment.counts[self._rank])
+        in_splits = [row[self._rank] for row in shipment.counts]
         received = []
-        for index, plane in enumerate(planes):
-            ready = _gather_rows(plane, sends, out_splits).to(self._device)
+        for plane in shipment.planes:
+            ready = _gather_rows(plane, shipment.sends, out_splits).to(self._device)
             landed = torch.empty(
                 (sum(in_splits), plane.shape[1]), dtype=plane.dtype, device=self._device
             )
@@ -82,7 +81,7 @@ class Collective:
                 group=self._group,
                 async_op=True,
             )
-            self._wait(work, call, f"land {index}")
+            self._wait(work, call, "land")
             received.append(landed.to(plane.device))
         return received
 
@@ -108,7 +107,7 @@ class Collective:
 
     def _round(self, call: Call, header: Header, share: torch.Tensor) -> Routed:
         """All-gather headers, then shares padded to the longest."""
-        self._store.set(f"at/{self._rank}", str(call.sequence))
+        self._store.set(f"at/{self._rank}", f"{call.sequence} {header}")
         words = torch.tensor(header.words(), dtype=torch.int64, device=self._device)
         headers = [Header(*told.tolist()) for told in self._all_gather(call, "route", words)]
         padded = torch.zeros(
@@ -116,7 +115,7 @@ class Collective:
         )
         padded[: share.numel()].copy_(share)
         shares = (
-            self._all_gather(call, "share", padded) if padded.numel() else [padded] * len(headers)
+            self._all_gather(call, "route", padded) if padded.numel() else [padded] * len(headers)
         )
         cut = zip(shares, headers, strict=True)
         return Routed(headers, [share[: header.share_bytes] for share, header in cut])
@@ -136,16 +135,16 @@ class Collective:
         try:
             work.wait(timedelta(seconds=call.timeout_s) if call.timeout_s else _FOREVER)
         except RuntimeError as error:
-            raise self._diagnose(call, phase, deadline.waited_s, error) from error
+            raise self._diagnose(call, phase, error, waited_s=deadline.waited_s) from error
 
     def _diagnose(
-        self, call: Call, phase: str, waited_s: float, error: RuntimeError
+        self, call: Call, phase: str, error: RuntimeError, *, waited_s: float
     ) -> TransportError:
         """Name the ranks that never entered the call, or else those that do not give up with us."""
         try:
             self._store.set(f"failed/{call.sequence}/{self._rank}", "timeout")
             entered = self._entered()
-            missing = [rank for rank, at in entered.items() if at < call.sequence]
+            missing = [rank for rank, (at, _) in entered.items() if at < call.sequence]
             missing = missing or self._silent(call)
         except (RuntimeError, ValueError) as lost:
             return TransportError(f"{call}: {error}; the store does not answer either: {lost}")
@@ -157,17 +156,19 @@ class Collective:
             epoch=call.sequence,
             phase=phase,
             waited_s=waited_s,
-            peers={rank: f"entered call {at}" for rank, at in entered.items()},
+            peers={rank: text for rank, (_, text) in entered.items() if rank != self._rank},
             note="The process group cannot be used any more: make a new one.",
         )
 
-    def _entered(self) -> dict[int, int]:
-        """The last call that each rank has entered; 0 for none."""
-        keys = {rank: f"at/{rank}" for rank in range(self._num_ranks)}
-        return {
-            rank: int(self._store.get(key)) if self._store.check([key]) else 0
-            for rank, key in keys.items()
-        }
+    def _entered(self) -> dict[int, tuple[int, str]]:
+        """The last call that each rank has entered, as a number (0 for none) and in words."""
+        entered = {}
+        for rank in range(self._num_ranks):
+            key = f"at/{rank}"
+            noted = self._store.get(key).decode() if self._store.check([key]) else f"0 {Header()}"
+            number, text = noted.split(" ", 1)
+            entered[rank] = (int(number), text)
+        return entered
 
     def _silent(self, call: Call) -> list[int]:
         """Ranks that do not say within a moment that they gave the same call up."""

@@ -127,7 +127,7 @@ class Control:
         while missing := [r for r in missing if self._mine[self._at(r, signal)] < wanted]:
             self._raise_failures(call, phase, deadline.waited_s)
             if deadline.passed:
-                raise self._timeout(missing, call, phase, deadline.waited_s)
+                raise self._timeout(missing, call, phase, waited_s=deadline.waited_s)
             backoff.pause()
 
     def fail(self, call: Call, error: BaseException) -> None:
@@ -146,13 +146,13 @@ class Control:
             cause = json.loads(self.reason_of(peer))
             if cause["missing"] and self._rank not in cause["missing"]:
                 note = f"Reported by rank {peer}."
-                raise self._timeout(cause["missing"], call, phase, waited_s, note=note)
+                raise self._timeout(cause["missing"], call, phase, waited_s=waited_s, note=note)
             raise TransportError(
                 f"rank {peer} gave up while this rank was in {call}: {cause['text']}"
             )
 
     def _timeout(
-        self, missing: list[int], call: Call, phase: str, waited_s: float, note: str = ""
+        self, missing: list[int], call: Call, phase: str, *, waited_s: float, note: str = ""
     ) -> PeerTimeoutError:
         peers = {r: str(self._last_header(r)) for r in range(self._num_ranks) if r != self._rank}
         return PeerTimeoutError(

@@ -7,7 +7,7 @@ complete transport, so it is the one to read first.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -17,12 +17,23 @@ import torch
 from crossdock import ops
 from crossdock.errors import PeerTimeoutError, TransportError
 from crossdock.topology import Communicator, Topology
-from crossdock.transports.base import Call, Deadline, Header, Routed, check_agreement
+from crossdock.transports.base import (
+    Call,
+    Deadline,
+    Header,
+    Routed,
+    Shipment,
+    check_agreement,
+)
 
 __all__ = ["Loopback", "LoopbackComm", "run_threads"]
 
 _Result = TypeVar("_Result")
 _POLL_S = 0.05
+
+
+Topic = tuple[str, int]
+"""What is pinned, and in which call."""
 
 
 class Board:
@@ -31,32 +42,33 @@ class Board:
     def __init__(self, num_ranks: int) -> None:
         self.num_ranks = num_ranks
         self.last: dict[int, Header] = {}
-        self.failures: dict[int, str] = {}
-        self._pinned: dict[tuple[str, int], dict[int, Any]] = {}
+        self.failures: dict[int, BaseException] = {}
+        self._pinned: dict[Topic, dict[int, Any]] = {}
         self._changed = threading.Condition()
 
-    def pin(self, topic: str, number: int, rank: int, value: Any) -> None:
+    def pin(self, topic: Topic, rank: int, value: Any) -> None:
         """Show a value to all ranks; what lies two calls back is taken down."""
+        name, number = topic
         with self._changed:
-            self._pinned.setdefault((topic, number), {})[rank] = value
-            self._pinned.pop((topic, number - 2), None)
+            self._pinned.setdefault(topic, {})[rank] = value
+            self._pinned.pop((name, number - 2), None)
             self._changed.notify_all()
 
-    def give_up(self, rank: int, text: str) -> None:
+    def give_up(self, rank: int, error: BaseException) -> None:
         """Wake all waiting ranks with an error."""
         with self._changed:
-            self.failures[rank] = text
+            self.failures[rank] = error
             self._changed.notify_all()
 
-    def collect(self, topic: str, number: int, deadline: Deadline) -> tuple[list[Any], list[int]]:
+    def collect(self, topic: Topic, deadline: Deadline) -> tuple[list[Any], list[int]]:
         """Wait for all ranks' values; returns them, or the ranks that are missing at the end."""
         with self._changed:
             while not deadline.passed and not self.failures:
-                pinned = self._pinned.get((topic, number), {})
+                pinned = self._pinned.get(topic, {})
                 if len(pinned) == self.num_ranks:
                     return [pinned[rank] for rank in range(self.num_ranks)], []
                 self._changed.wait(_POLL_S)
-            pinned = self._pinned.get((topic, number), {})
+            pinned = self._pinned.get(topic, {})
             return [], [rank for rank in range(self.num_ranks) if rank not in pinned]
 
 
@@ -77,8 +89,9 @@ class LoopbackComm:
     def allgather(self, value: Any) -> list[Any]:
         """Every rank's value, in rank order. Collective; waits for all."""
         self._number += 1
-        self._board.pin("allgather", self._number, self._rank, value)
-        values, missing = self._board.collect("allgather", self._number, Deadline(0))
+        topic = ("allgather", self._number)
+        self._board.pin(topic, self._rank, value)
+        values, missing = self._board.collect(topic, Deadline(0))
         if missing:
             raise TransportError(f"ranks failed: {self._board.failures}")
         return values
@@ -98,7 +111,7 @@ def run_threads(num_ranks: int, fn: Callable[[Communicator], _Result]) -> list[_
         try:
             return fn(LoopbackComm(board, rank))
         except BaseException as error:
-            board.give_up(rank, f"{type(error).__name__}: {error}")
+            board.give_up(rank, error)
             raise
 
     with ThreadPoolExecutor(num_ranks) as threads:
@@ -123,29 +136,22 @@ class Loopback:
 
     def route(self, call: Call, header: Header, share: torch.Tensor) -> Routed:
         """See `Transport.route`."""
-        told = self._exchange("route", call, header, (header, share.clone(), ""))
+        self._board.last[self._rank] = header
+        told = self._exchange("route", call, (header, share.clone(), ""))
         headers = [item[0] for item in told]
         check_agreement(headers, call, reason_of=lambda rank: str(told[rank][2]))
         return Routed(headers, [item[1] for item in told])
 
-    def move(
-        self,
-        call: Call,
-        planes: Sequence[torch.Tensor],
-        sends: Sequence[torch.Tensor | slice],
-        counts: Sequence[Sequence[int]],
-        *,
-        keep: bool,
-    ) -> list[torch.Tensor]:
+    def move(self, call: Call, shipment: Shipment, *, keep: bool) -> list[torch.Tensor]:
         """See `Transport.move`. The result is always the caller's own."""
         parcels = [
-            [_copy_rows(plane, sends[dst], counts[self._rank][dst]) for plane in planes]
-            for dst in range(self._num_ranks)
+            [_copy_rows(plane, tokens, count) for plane in shipment.planes]
+            for tokens, count in zip(shipment.sends, shipment.counts[self._rank], strict=True)
         ]
-        received = self._exchange("land", call, None, parcels)
+        received = self._exchange("land", call, parcels)
         return [
             torch.cat([parcels_of[self._rank][index] for parcels_of in received])
-            for index in range(len(planes))
+            for index in range(len(shipment.planes))
         ]
 
     def refuse(self, call: Call, header: Header, reason: str) -> None:
@@ -155,11 +161,11 @@ class Loopback:
             torch.empty(0, dtype=torch.uint8, device="cpu"),
             reason,
         )
-        self._board.pin("route", call.sequence, self._rank, refusal)
+        self._board.pin(("route", call.sequence), self._rank, refusal)
 
     def fail(self, call: Call, error: BaseException) -> None:
         """See `Transport.fail`."""
-        self._board.give_up(self._rank, f"{type(error).__name__}: {error}")
+        self._board.give_up(self._rank, error)
 
     def memory(self) -> Mapping[str, int]:
         """See `Transport.memory`: nothing is held between calls."""
@@ -172,24 +178,35 @@ class Loopback:
     def close(self) -> None:
         """See `Transport.close`."""
 
-    def _exchange(self, phase: str, call: Call, header: Header | None, value: Any) -> list[Any]:
+    def _exchange(self, phase: str, call: Call, value: Any) -> list[Any]:
         """Pin this rank's value and collect all ranks' for this phase of the call."""
-        if header is not None:
-            self._board.last[self._rank] = header
-        self._board.pin(phase, call.sequence, self._rank, value)
-        deadline = Deadline(call.timeout_s)
-        values, missing = self._board.collect(phase, call.sequence, deadline)
+        topic, deadline = (phase, call.sequence), Deadline(call.timeout_s)
+        self._board.pin(topic, self._rank, value)
+        values, missing = self._board.collect(topic, deadline)
         if not missing:
             return values
-        for rank, text in self._board.failures.items():
-            raise TransportError(f"rank {rank} gave up while this rank was in {call}: {text}")
-        raise PeerTimeoutError(
+        for rank, error in self._board.failures.items():
+            told = error.missing if isinstance(error, PeerTimeoutError) else []
+            if not told or self._rank in told:
+                text = f"{type(error).__name__}: {error}"
+                raise TransportError(f"rank {rank} gave up while this rank was in {call}: {text}")
+            raise self._timeout(
+                told, call, phase, deadline=deadline, note=f"Reported by rank {rank}."
+            )
+        raise self._timeout(missing, call, phase, deadline=deadline)
+
+    def _timeout(
+        self, missing: list[int], call: Call, phase: str, *, deadline: Deadline, note: str = ""
+    ) -> PeerTimeoutError:
+        others = (rank for rank in range(self._num_ranks) if rank != self._rank)
+        return PeerTimeoutError(
             missing,
             operation=str(call.operation),
             epoch=call.sequence,
             phase=phase,
             waited_s=deadline.waited_s,
-            peers={rank: str(self._board.last.get(rank, Header())) for rank in missing},
+            peers={rank: str(self._board.last.get(rank, Header())) for rank in others},
+            note=note,
         )
 
 

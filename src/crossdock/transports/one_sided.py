@@ -26,7 +26,7 @@ from crossdock import ops
 from crossdock.config import NUM_ZONES, align
 from crossdock.errors import BufferTooSmallError, TransportError
 from crossdock.topology import Topology
-from crossdock.transports.base import Call, Header, Heap, Routed, check_agreement
+from crossdock.transports.base import Call, Header, Heap, Routed, Shipment, check_agreement
 from crossdock.transports.control import BLOCK_BYTES, Control, Signal
 from crossdock.transports.heap_shm import Address, Segment, ShmHeap
 
@@ -186,12 +186,12 @@ class OneSided:
         generation = self._current
         if share.numel() <= generation.capacity.share_bytes:
             self._post_share(call, share)
-        self._control.post_header(call, replace(header, zone=generation.free[0]))
+        self._control.post_header(call, replace(header, zone=generation.free[-1]))
         self._control.wait(Signal.POSTED, call, phase="route")
         headers = self._control.headers(call)
         check_agreement(headers, call, reason_of=self._control.reason_of)
         if self._grow(call, headers):
-            headers = [replace(told, zone=0) for told in headers]
+            headers = [replace(told, zone=NUM_ZONES - 1) for told in headers]
             self._post_share(call, share)
             self._control.signal(Signal.SHARED, call)
             self._control.wait(Signal.SHARED, call, phase="route")
@@ -208,26 +208,19 @@ class OneSided:
             for src, told in enumerate(headers)
         ]
 
-    def move(
-        self,
-        call: Call,
-        planes: Sequence[torch.Tensor],
-        sends: Sequence[torch.Tensor | slice],
-        counts: Sequence[Sequence[int]],
-        *,
-        keep: bool,
-    ) -> list[torch.Tensor]:
+    def move(self, call: Call, shipment: Shipment, *, keep: bool) -> list[torch.Tensor]:
         """See `Transport.move`."""
         for step in range(1, self._num_ranks + 1):
             dst = (self._rank + step) % self._num_ranks
-            before = sum(row[dst] for row in counts[: self._rank])
-            mine = slice(before, before + counts[self._rank][dst])
+            begin = shipment.num_arriving(dst, before=self._rank)
+            mine = slice(begin, begin + shipment.counts[self._rank][dst])
             zone = self._current.zone(dst, self._zones[dst])
-            for plane, area in zip(planes, _divide(zone, planes, _total(counts, dst)), strict=True):
-                ops.send(plane, sends[dst], area[mine])
+            areas = _divide(zone, shipment.planes, shipment.num_arriving(dst))
+            for plane, area in zip(shipment.planes, areas, strict=True):
+                ops.send(plane, shipment.sends[dst], area[mine])
             self._control.signal(Signal.LANDED, call, peer=dst)
         self._control.wait(Signal.LANDED, call, phase="land")
-        return self._received(planes, _total(counts, self._rank), keep=keep)
+        return self._received(shipment.planes, shipment.num_arriving(self._rank), keep=keep)
 
     def _received(
         self, planes: Sequence[torch.Tensor], num_rows: int, *, keep: bool
@@ -315,10 +308,6 @@ def _raise_any(problems: Mapping[int, str]) -> None:
     if problems:
         told = "; ".join(f"rank {rank}: {text}" for rank, text in problems.items())
         raise TransportError(f"shared memory could not be had: {told}")
-
-
-def _total(counts: Sequence[Sequence[int]], dst: int) -> int:
-    return sum(row[dst] for row in counts)
 
 
 def _divide(

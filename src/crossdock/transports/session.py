@@ -7,7 +7,7 @@ they raise a reason instead of waiting for a deadline. What the calls do is the 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import NoReturn
@@ -21,7 +21,7 @@ from crossdock.errors import (
     TransportError,
 )
 from crossdock.formats import TokenFormat
-from crossdock.transports.base import Call, Header, Operation, Routed, Transport
+from crossdock.transports.base import Call, Header, Operation, Routed, Shipment, Transport
 
 __all__ = ["Attempt", "Session", "Timeouts"]
 
@@ -67,16 +67,9 @@ class Attempt:
         nothing = torch.empty(0, dtype=torch.uint8, device="cpu")
         return self._transport.route(self.call, header, nothing if share is None else share)
 
-    def move(
-        self,
-        planes: Sequence[torch.Tensor],
-        sends: Sequence[torch.Tensor | slice],
-        counts: Sequence[Sequence[int]],
-        *,
-        keep: bool,
-    ) -> list[torch.Tensor]:
+    def move(self, shipment: Shipment, *, keep: bool) -> list[torch.Tensor]:
         """See `Transport.move`."""
-        rows = self._transport.move(self.call, planes, sends, counts, keep=keep)
+        rows = self._transport.move(self.call, shipment, keep=keep)
         self.open = False
         return rows
 
