@@ -15,7 +15,7 @@ from __future__ import annotations
 import zlib
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Generic
 
 import torch
@@ -101,7 +101,7 @@ class Exchange:
         experts_here = num_local_experts(num_experts, self._num_ranks)
         with self._session.call(Operation.DISPATCH) as attempt:
             form, planes, share = token_format(x), self._planes(x), routing.to_bytes()
-            header = replace(_dispatch_header(attempt, form, routing), share_bytes=share.numel())
+            header = _dispatch_header(attempt, form, routing)._replace(share_bytes=share.numel())
             header = self._with_room(header, form, num_rows=num_worst_tokens)
             table = _table(attempt.route(header, share), routing, planes[0].device)
             layout = layouts.rank_major(table, self._rank)
@@ -177,7 +177,7 @@ class Exchange:
                 raise HandleError(
                     f"x has {planes[0].shape[0]} rows, the handle {handle.num_recv_rows}"
                 )
-            header = replace(_combine_header(attempt, planes, handle), checksum=_checksum(counts))
+            header = _combine_header(attempt, planes, handle)._replace(checksum=_checksum(counts))
             headers = attempt.route(header).headers
             kept = layouts.surviving_counts(counts, [header.num_rows for header in headers])
             sends = _consecutive([row[self._rank] for row in kept])
@@ -228,8 +228,7 @@ class Exchange:
     def _with_room(self, header: Header, form: TokenFormat, *, num_rows: int) -> Header:
         """The header with what the transport must make room for: this call and its combine."""
         back = form.hidden * max(2, min(form.element.itemsize, 4)) + header.num_topk * 4
-        return replace(
-            header,
+        return header._replace(
             num_rows=num_rows,
             row_bytes=form.row_bytes,
             return_bytes=back,

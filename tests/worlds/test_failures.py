@@ -155,7 +155,7 @@ from crossdock import Buffer, worlds
 def work(rank, num_ranks):
     buffer = Buffer(transport="one_sided", max_tokens_per_rank=256)
     buffer.warmup(256, 1024)
-    print("ready", os.getpid(), flush=True)
+    os.write(1, f"ready {os.getpid()}\\n".encode())
     time.sleep(60)
 
 if __name__ == "__main__":
@@ -168,13 +168,13 @@ def test_nothing_is_left_when_a_world_is_ended(tmp_path: Path, sign: signal.Sign
     before = set(os.listdir("/dev/shm"))
     script = tmp_path / "world.py"
     script.write_text(SCRIPT)
-    world = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )
-    pids = [int(world.stdout.readline().split()[1]) for _ in range(2)]
-    assert set(os.listdir("/dev/shm")) <= before
-    world.send_signal(sign)
-    world.communicate(timeout=30)
+    ) as world:
+        pids = [int(world.stdout.readline().split()[1]) for _ in range(2)]
+        assert set(os.listdir("/dev/shm")) <= before
+        world.send_signal(sign)
+        world.communicate(timeout=30)
     deadline = time.monotonic() + 15
     while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < deadline:
         time.sleep(0.1)

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from crossdock import Buffer, MissingDependencyError, cli
 from crossdock.cli.demo import BOUND, verdict
-from crossdock.cli.demo_model import Settings
+from crossdock.cli.demo_model import ByteModel, Settings
 from crossdock.cli.demo_picture import Story, draw
 from crossdock.cli.demo_training import Job, Outcome, SelfCheck, Step, train
 from crossdock.nn import MoELayer, MoEOutput, replicated_parameters
@@ -233,6 +234,28 @@ def test_the_demo_learns_checks_itself_and_draws(pool, tmp_path):
     picture = tmp_path / "picture"
     draw(Story(steps, 4, settings.top_k, text, outcomes[0].held_out_loss), picture)
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def demonstrate_wrongly(group, job: Job) -> Outcome:
+    """The same, with one expert of the dense copy off by a thousandth."""
+    copy = ByteModel.dense_copy
+
+    def wrong_copy(model: ByteModel) -> ByteModel:
+        dense = copy(model)
+        with torch.no_grad():
+            dense.blocks[0].moe.experts.up[0] *= 1.001
+        return dense
+
+    with mock.patch.object(ByteModel, "dense_copy", wrong_copy):
+        return demonstrate(group, job)
+
+
+def test_the_demo_notices_a_weight_that_is_off_by_a_thousandth(pool, tmp_path):
+    settings = Settings(num_experts=4, top_k=2, hidden=32, intermediate=16, context=32)
+    text = Path(importlib.util.__file__).read_bytes() * 4
+    outcomes = pool.run(demonstrate_wrongly, Job(settings, 1, text, tmp_path / "steps"))
+    passed, line = verdict(outcomes)
+    assert not passed, line
 
 
 @pytest.mark.parametrize("difference", [2 * BOUND, float("nan")])

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass
 from enum import IntEnum
 from types import MappingProxyType
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -64,8 +64,7 @@ class Call:
         return f"{self.operation} {self.sequence}"
 
 
-@dataclass(frozen=True)
-class Header:
+class Header(NamedTuple):
     """What every rank tells every other first, in every call. All fields are 64-bit integers.
 
     Attributes:
@@ -103,17 +102,13 @@ class Header:
     needed_bytes: int = 0
     have_bytes: int = 0
 
-    def words(self) -> list[int]:
-        """The header as integers, in field order."""
-        return list(astuple(self))
-
     def __str__(self) -> str:
         if not self.sequence:
             return "nothing yet"
         return f"in {Operation(self.operation)} {self.sequence} with {self.num_tokens} tokens"
 
 
-HEADER_WORDS = len(fields(Header))
+HEADER_WORDS = len(Header._fields)
 
 _AGREED = (
     ("operation", "operation"),

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from datetime import timedelta
 
 import torch
@@ -88,7 +87,7 @@ class Collective:
     def refuse(self, call: Call, header: Header, reason: str) -> None:
         """See `Transport.refuse`. Takes part in the round of headers, so it waits for the peers."""
         text = torch.frombuffer(bytearray(reason.encode() or b" "), dtype=torch.uint8)
-        self._round(call, replace(header, refused=1, share_bytes=text.numel()), text)
+        self._round(call, header._replace(refused=1, share_bytes=text.numel()), text)
 
     def fail(self, call: Call, error: BaseException) -> None:
         """See `Transport.fail`."""
@@ -108,7 +107,7 @@ class Collective:
     def _round(self, call: Call, header: Header, share: torch.Tensor) -> Routed:
         """All-gather headers, then shares padded to the longest."""
         self._store.set(f"at/{self._rank}", f"{call.sequence} {header}")
-        words = torch.tensor(header.words(), dtype=torch.int64, device=self._device)
+        words = torch.tensor(header, dtype=torch.int64, device=self._device)
         headers = [Header(*told.tolist()) for told in self._all_gather(call, "route", words)]
         padded = torch.zeros(
             max(header.share_bytes for header in headers), dtype=torch.uint8, device=self._device

@@ -74,11 +74,15 @@ class Control:
         self._num_ranks = num_ranks
         self._mine = heap.words(rank)
         self._theirs = [heap.words(peer) for peer in range(num_ranks)]
+        self._told = {
+            signal: [self._at(peer, signal) for peer in range(num_ranks)] for signal in Signal
+        }
+        self._failed = [self._at(peer, _FAILED) for peer in range(num_ranks) if peer != rank]
 
     def post_header(self, call: Call, header: Header, *, reason: str = "") -> None:
         """Write the header to every peer, with a reason when it is a refusal, and signal it."""
         begin = self._at(self._rank, self._slot(call.sequence))
-        raw = memoryview(array("q", header.words()))
+        raw = memoryview(array("q", header))
         for words in self._theirs:
             if reason:
                 self._write_text(words, reason)
@@ -111,8 +115,9 @@ class Control:
 
     def signal(self, signal: Signal, call: Call, *, peer: int | None = None) -> None:
         """Tell one peer, or all, that this rank has got so far in this call."""
+        at = self._told[signal][self._rank]
         for words in self._theirs if peer is None else [self._theirs[peer]]:
-            words[self._at(self._rank, signal)] = call.sequence
+            words[at] = call.sequence
 
     def wait(self, signal: Signal, call: Call, *, phase: str, sequence: int | None = None) -> None:
         """Wait until every rank has signalled this call, or the given earlier one.
@@ -124,8 +129,9 @@ class Control:
         wanted = call.sequence if sequence is None else sequence
         deadline, backoff = Deadline(call.timeout_s), Backoff()
         missing = list(range(self._num_ranks))
-        while missing := [r for r in missing if self._mine[self._at(r, signal)] < wanted]:
-            self._raise_failures(call, phase, deadline.waited_s)
+        while missing := [r for r in missing if self._mine[self._told[signal][r]] < wanted]:
+            if any(self._mine[at] for at in self._failed):
+                self._raise_failures(call, phase, deadline.waited_s)
             if deadline.passed:
                 raise self._timeout(missing, call, phase, waited_s=deadline.waited_s)
             backoff.pause()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -157,7 +156,7 @@ class Loopback:
     def refuse(self, call: Call, header: Header, reason: str) -> None:
         """See `Transport.refuse`."""
         refusal = (
-            replace(header, refused=1),
+            header._replace(refused=1),
             torch.empty(0, dtype=torch.uint8, device="cpu"),
             reason,
         )

@@ -60,18 +60,15 @@ class Capacity:
         zone = (nbytes - 2 * num_ranks * share) // NUM_ZONES // _PAGE * _PAGE
         return cls(num_ranks, share, max(zone, 0))
 
-    @classmethod
-    def of_header(cls, num_ranks: int, header: Header) -> Capacity:
-        """What a call needs if every rank has as many tokens as this one."""
-        row_bytes = max(header.row_bytes, header.return_bytes)
-        rows = num_ranks * max(header.num_tokens, header.reserve_tokens)
-        zone = align(rows * row_bytes + _MAX_PLANES * _LINE, _PAGE)
-        return cls(num_ranks, align(header.share_bytes, _LINE), zone)
-
-    def union(self, other: Capacity) -> Capacity:
-        """Room for both."""
-        share = max(self.share_bytes, other.share_bytes)
-        return replace(self, share_bytes=share, zone_bytes=max(self.zone_bytes, other.zone_bytes))
+    def covering(self, headers: Sequence[Header]) -> Capacity:
+        """Room for these calls too, if every rank has as many tokens as the largest of them."""
+        tokens = max(max(told.num_tokens, told.reserve_tokens) for told in headers)
+        row_bytes = max(max(told.row_bytes, told.return_bytes) for told in headers)
+        share = align(max(told.share_bytes for told in headers), _LINE)
+        zone = align(self.num_ranks * tokens * row_bytes + _MAX_PLANES * _LINE, _PAGE)
+        if share <= self.share_bytes and zone <= self.zone_bytes:
+            return self
+        return Capacity(self.num_ranks, max(share, self.share_bytes), max(zone, self.zone_bytes))
 
     def enlarged(self) -> Capacity:
         """A quarter more, so that slowly growing calls do not grow the heap each time."""
@@ -186,12 +183,12 @@ class OneSided:
         generation = self._current
         if share.numel() <= generation.capacity.share_bytes:
             self._post_share(call, share)
-        self._control.post_header(call, replace(header, zone=generation.free[-1]))
+        self._control.post_header(call, header._replace(zone=generation.free[-1]))
         self._control.wait(Signal.POSTED, call, phase="route")
         headers = self._control.headers(call)
         check_agreement(headers, call, reason_of=self._control.reason_of)
         if self._grow(call, headers):
-            headers = [replace(told, zone=NUM_ZONES - 1) for told in headers]
+            headers = [told._replace(zone=NUM_ZONES - 1) for told in headers]
             self._post_share(call, share)
             self._control.signal(Signal.SHARED, call)
             self._control.wait(Signal.SHARED, call, phase="route")
@@ -234,7 +231,7 @@ class OneSided:
     def refuse(self, call: Call, header: Header, reason: str) -> None:
         """See `Transport.refuse`."""
         self._control.wait(Signal.POSTED, call, phase="route", sequence=call.sequence - 1)
-        self._control.post_header(call, replace(header, refused=1), reason=reason)
+        self._control.post_header(call, header._replace(refused=1), reason=reason)
 
     def fail(self, call: Call, error: BaseException) -> None:
         """See `Transport.fail`."""
@@ -259,10 +256,10 @@ class OneSided:
 
     def _check_limit(self, call: Call, header: Header) -> None:
         """Refuse what this rank alone knows to exceed the limit."""
-        wanted = self._current.capacity.union(Capacity.of_header(self._num_ranks, header))
+        wanted = self._current.capacity.covering([header])
         if not self._max_bytes or wanted.nbytes <= self._max_bytes:
             return
-        needed = replace(header, needed_bytes=wanted.nbytes, have_bytes=self._max_bytes)
+        needed = header._replace(needed_bytes=wanted.nbytes, have_bytes=self._max_bytes)
         self.refuse(call, needed, "max_buffer_bytes")
         raise BufferTooSmallError(
             wanted.nbytes, self._max_bytes, argument="max_buffer_bytes", rank=self._rank
@@ -271,10 +268,8 @@ class OneSided:
     def _grow(self, call: Call, headers: Sequence[Header]) -> bool:
         """Enlarge the heap on all ranks if the headers ask for it; whether that was done."""
         have = self._current.capacity
-        wanted = have
-        for header in headers:
-            wanted = wanted.union(Capacity.of_header(self._num_ranks, header))
-        if wanted == have:
+        wanted = have.covering(headers)
+        if wanted is have:
             return False
         roomy = wanted.enlarged() if have.zone_bytes else wanted
         fits = not self._max_bytes or roomy.nbytes <= self._max_bytes
