@@ -68,6 +68,10 @@ class Buffer:
 
     Collective: all ranks of the group, with the same arguments except for the timeouts.
     Sync: waits for all ranks, as long as the group itself does.
+    Attributes:
+        rank, group_size, group: this rank, the ranks, and what was passed as the group.
+        transport: name of the transport in use.
+
     Lifetime: results stay valid after the buffer has gone. A context manager; `__del__` does not
     communicate.
 
@@ -129,6 +133,7 @@ class Buffer:
             steady_s=_given(timeout_s, _env.timeout_s()),
         )
         self._session = Session(select(topology, limits, name=name), timeouts)
+        self.transport = self._session.transport.name
         self._exchange = Exchange(topology, self._session, reserve_tokens=max_tokens_per_rank)
 
     def get_dispatch_layout(
@@ -364,8 +369,7 @@ class Buffer:
         """
         memory = self._session.transport.local_memory()
         if memory is None:
-            name = self._session.transport.name
-            raise UnsupportedError(f"the {name} transport has no memory of its own")
+            raise UnsupportedError(f"the {self.transport} transport has no memory of its own")
         usable = (memory.numel() - offset) // dtype.itemsize
         view = memory[offset : offset + usable * dtype.itemsize].view(dtype)
         if size is None:
@@ -426,11 +430,10 @@ class Buffer:
         self.destroy()
 
     def __repr__(self) -> str:
-        transport = self._session.transport
-        held = {} if self._session.closed else transport.memory()
+        held = {} if self._session.closed else self._session.transport.memory()
         memory = ", ".join(f"{name} {nbytes:,} B" for name, nbytes in held.items()) or "none held"
         return (
-            f"Buffer(rank {self.rank} of {self.group_size}, transport {transport.name}, "
+            f"Buffer(rank {self.rank} of {self.group_size}, transport {self.transport}, "
             f"memory: {memory})"
         )
 

@@ -31,6 +31,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 __all__ = [
     "ROUTING_CASES",
@@ -392,7 +393,7 @@ def _call_with_rank(group: dist.ProcessGroup, fn: Job, num_ranks: int, *args: An
 def _dumps(value: Any) -> bytes:
     """Pickle without shared memory: tensors travel as bytes and belong to who reads them."""
     data = io.BytesIO()
-    torch.save(value, data)
+    torch.save(tree_map_only(Tensor, Tensor.clone, value), data)  # a view would bring its storage
     return data.getvalue()
 
 

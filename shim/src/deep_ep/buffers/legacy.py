@@ -1,0 +1,5 @@
+"""Where DeepEP keeps its first interface; the name says nothing about this implementation."""
+
+from crossdock import Buffer
+
+__all__ = ["Buffer"]
