@@ -68,6 +68,7 @@ class Buffer:
 
     Collective: all ranks of the group, with the same arguments except for the timeouts.
     Sync: waits for all ranks, as long as the group itself does.
+
     Attributes:
         rank, group_size, group: this rank, the ranks, and what was passed as the group.
         transport: name of the transport in use.

@@ -17,7 +17,8 @@ import torch.distributed as dist
 
 import deep_ep
 from crossdock import reference
-from crossdock.worlds import ROUTING_CASES, Pool
+from crossdock.cases import ROUTING_CASES
+from crossdock.worlds import Pool
 from deep_ep.utils.math import per_token_cast_back, per_token_cast_to_fp8
 from tests.compat import inference_client, intranode_program, training_client
 

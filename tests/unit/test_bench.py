@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from typer.testing import Result as Outcome
 
 from crossdock import ConfigError, reference
+from crossdock.cases import ROUTING_CASES
 from crossdock.cli.bench import Result, WrongResultError, as_json, as_table, bench, summarise
 from crossdock.cli.bench_baseline import GlooBaseline, Received
 from crossdock.cli.bench_world import (
@@ -27,7 +28,7 @@ from crossdock.cli.bench_world import (
     make_inputs,
     run_contenders,
 )
-from crossdock.worlds import ROUTING_CASES, Pool
+from crossdock.worlds import Pool
 
 TINY = Case(num_tokens=5, hidden=16, num_topk=3, num_experts=8, num_iters=2)
 

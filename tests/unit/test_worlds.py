@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 
 from crossdock import worlds
-from crossdock.worlds import ROUTING_CASES, Pool, WorldError, origin_rows, origin_rows_fp8, spawn
+from crossdock.cases import ROUTING_CASES, choose, origin_rows, origin_rows_fp8
+from crossdock.worlds import Pool, WorldError, spawn
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
@@ -305,7 +306,7 @@ def test_the_cases_are_what_they_say():
 
 def test_chosen_experts_differ_and_spread():
     generator = torch.Generator().manual_seed(0)
-    idx = worlds.choose(200, 16, 5, generator=generator)
+    idx = choose(200, 16, 5, generator=generator)
     assert set(num_distinct(idx)) == {5}
     assert set(idx.flatten().tolist()) == set(range(16))
 
@@ -348,3 +349,15 @@ def test_quantised_rows_name_their_origin(scale_dtype, hidden):
             origin_rows_fp8(rank, 300, hidden, scale_dtype=scale_dtype)[0] for rank in range(4)
         ]
         assert len(torch.cat(everything).view(torch.uint8).unique(dim=0)) == 4 * 300
+
+
+def return_views(group: dist.ProcessGroup) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    storage = torch.arange(1 << 20, dtype=torch.int32)
+    return storage[:2], {"bytes": storage.view(torch.uint8)[4:8].view(torch.float8_e4m3fn)}
+
+
+def test_views_travel_without_their_storage(pool: Pool) -> None:
+    ints, others = pool.run(return_views, num_ranks=1)[0]
+    assert ints.tolist() == [0, 1]
+    assert ints.untyped_storage().nbytes() == 8
+    assert others["bytes"].view(torch.uint8).tolist() == [1, 0, 0, 0]

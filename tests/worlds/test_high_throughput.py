@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from crossdock import Buffer, UnsupportedError, reference
-from crossdock.worlds import ROUTING_CASES, Routing, choose, origin_rows, origin_rows_fp8
+from crossdock.cases import ROUTING_CASES, Routing, choose, origin_rows, origin_rows_fp8
 from tests.worlds.checks import (
     Received,
     Returned,

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from crossdock import Buffer, PeerTimeoutError, ops, reference
+from crossdock.cases import ROUTING_CASES, Routing
 from crossdock.transports.control import Control, Signal
-from crossdock.worlds import ROUTING_CASES, Routing
 from tests.worlds.checks import Received, Returned, combine_faults, dispatch_faults
 from tests.worlds.test_high_throughput import (
     KINDS,

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from crossdock import Buffer, reference
-from crossdock.worlds import Routing, origin_rows
+from crossdock.cases import Routing, origin_rows
 from tests.worlds.checks import Received, Returned, combine_faults, difference, dispatch_faults
 
 NUM_RANKS, NUM_EXPERTS, NUM_TOPK, HIDDEN = 4, 16, 4, 64
