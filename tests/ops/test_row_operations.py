@@ -75,6 +75,13 @@ def test_reduce_rounds_once_in_slot_order(dtype: torch.dtype, hidden: int, num_b
     assert torch.equal(torch_ops.reduce(rows, row_splits, slots, bias=bias), total.to(dtype))
 
 
+def test_reduce_is_the_same_where_there_is_no_sparse_product() -> None:
+    rows = torch.randn(40, 9).bfloat16()
+    row_splits, slots = torch.tensor([0, 0, 5, 6, 20]), torch.randperm(40)[:20]
+    sums = torch_ops._segment_sum_by_place(rows, row_splits, slots)
+    assert torch.equal(sums, torch_ops.reduce(rows, row_splits, slots))
+
+
 def test_reduce_does_not_read_rows_that_nobody_names() -> None:
     rows = torch.full((4, 8), torch.nan, dtype=torch.bfloat16)
     rows[2] = 1

@@ -64,11 +64,26 @@ def reduce(
 
 
 @functools.cache
-def _hear_beta_warning() -> None:
-    """Have torch say once, unheard, that sparse tensors are in beta; it says so once a process."""
+def _hear_warnings() -> None:
+    """Have torch say, unheard, what it says once a process of sparse tensors: they are in beta."""
+    index = torch.zeros(1, dtype=torch.int64, device="cpu")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.eye(1, dtype=torch.float32, device="cpu").to_sparse_csr()
+        _csr(index, index[:0], values=index[:0].float(), size=(0, 1))
+
+
+def _csr(
+    row_splits: torch.Tensor, slots: torch.Tensor, *, values: torch.Tensor, size: tuple[int, int]
+) -> torch.Tensor:
+    return torch.sparse_csr_tensor(
+        row_splits,
+        slots,
+        values,
+        size=size,
+        dtype=values.dtype,
+        device=values.device,
+        check_invariants=False,
+    )
 
 
 def _segment_sum(rows: torch.Tensor, row_splits: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
@@ -80,17 +95,25 @@ def _segment_sum(rows: torch.Tensor, row_splits: torch.Tensor, slots: torch.Tens
     num_tokens = row_splits.shape[0] - 1
     if not slots.numel() or not rows.shape[1]:
         return torch.zeros((num_tokens, rows.shape[1]), dtype=rows.dtype, device=rows.device)
+    if rows.device.type != "cpu":
+        return _segment_sum_by_place(rows, row_splits, slots)
     ones = torch.ones(slots.shape, dtype=rows.dtype, device=rows.device)
-    size = (num_tokens, rows.shape[0])
-    _hear_beta_warning()
-    chosen = torch.sparse_csr_tensor(
-        row_splits,
-        slots,
-        ones,
-        size=size,
-        dtype=rows.dtype,
-        device=rows.device,
-        check_invariants=False,
-    )
+    _hear_warnings()
+    chosen = _csr(row_splits, slots, values=ones, size=(num_tokens, rows.shape[0]))
     total: torch.Tensor = torch.sparse.mm(chosen, rows, "sum")
     return total
+
+
+def _segment_sum_by_place(
+    rows: torch.Tensor, row_splits: torch.Tensor, slots: torch.Tensor
+) -> torch.Tensor:
+    """The same on any device: every token's first row, then every token's second, and so on.
+
+    The order of the sums is fixed, which `index_add_` does not promise on CUDA.
+    """
+    lengths = row_splits.diff()
+    total = torch.zeros((lengths.shape[0], rows.shape[1]), dtype=torch.float32, device=rows.device)
+    for place in range(int(lengths.max())):
+        tokens = (lengths > place).nonzero().squeeze(1)
+        total[tokens] += rows[slots[row_splits[tokens] + place]].float()
+    return total.to(rows.dtype)

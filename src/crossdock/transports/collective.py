@@ -32,6 +32,7 @@ __all__ = ["Collective"]
 _FOREVER = timedelta(days=365)
 _GRACE_S = 0.6
 _POLL_S = 0.05
+_DEVICE_POLL_S = 0.00002
 
 
 class Collective:
@@ -127,12 +128,13 @@ class Collective:
 
     def _wait(self, work: dist.Work, call: Call, phase: str) -> None:
         """Wait for a collective; where it ends without some ranks, find out which."""
-        if self._device.type == "cuda":
-            work.wait()
-            return
         deadline = Deadline(call.timeout_s)
         try:
-            work.wait(timedelta(seconds=call.timeout_s) if call.timeout_s else _FOREVER)
+            if self._device.type == "cuda":
+                work.wait()
+                _wait_for_device(deadline)
+            else:
+                work.wait(timedelta(seconds=call.timeout_s) if call.timeout_s else _FOREVER)
         except RuntimeError as error:
             raise self._diagnose(call, phase, error, waited_s=deadline.waited_s) from error
 
@@ -177,6 +179,20 @@ class Collective:
             time.sleep(_POLL_S)
             silent = [r for r in silent if not self._store.check([f"failed/{call.sequence}/{r}"])]
         return silent
+
+
+def _wait_for_device(deadline: Deadline) -> None:
+    """Wait until the current stream has got here, looking at the clock.
+
+    Raises:
+        RuntimeError: it has not before the deadline.
+    """
+    here = torch.cuda.Event()
+    here.record()
+    while not here.query():
+        if deadline.passed:
+            raise RuntimeError("the device did not finish in time")
+        time.sleep(_DEVICE_POLL_S)
 
 
 def _gather_rows(
