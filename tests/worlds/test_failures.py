@@ -149,7 +149,7 @@ def test_a_rank_in_another_operation_is_named(pool: worlds.Pool, transport: str)
 
 
 SCRIPT = """
-import os, sys, time, torch
+import os, signal, time
 from crossdock import Buffer, worlds
 
 def work(rank, num_ranks):
@@ -159,6 +159,7 @@ def work(rank, num_ranks):
     time.sleep(60)
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored
     worlds.spawn(work, 2)
 """
 

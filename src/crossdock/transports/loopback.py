@@ -62,13 +62,14 @@ class Board:
     def collect(self, topic: Topic, deadline: Deadline) -> tuple[list[Any], list[int]]:
         """Wait for all ranks' values; returns them, or the ranks that are missing at the end."""
         with self._changed:
-            while not deadline.passed and not self.failures:
+            while True:
                 pinned = self._pinned.get(topic, {})
-                if len(pinned) == self.num_ranks:
+                missing = [rank for rank in range(self.num_ranks) if rank not in pinned]
+                if not missing:
                     return [pinned[rank] for rank in range(self.num_ranks)], []
+                if deadline.passed or self.failures:
+                    return [], missing
                 self._changed.wait(_POLL_S)
-            pinned = self._pinned.get(topic, {})
-            return [], [rank for rank in range(self.num_ranks) if rank not in pinned]
 
 
 class LoopbackComm:
