@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 from typing import NamedTuple
 
+from crossdock.errors import ConfigError
+
 __all__ = ["VARIABLES", "Variable", "debug", "first_call_timeout_s", "timeout_s", "transport"]
 
 
@@ -41,6 +43,14 @@ def _read(name: str) -> str:
     return os.environ.get(name, default)
 
 
+def _seconds(name: str) -> float:
+    text = _read(name)
+    try:
+        return float(text)
+    except ValueError as error:
+        raise ConfigError(f"{name} is {text!r}, must be a number of seconds") from error
+
+
 def debug() -> bool:
     """Whether expensive consistency checks are on."""
     return _read("CROSSDOCK_DEBUG") not in ("", "0")
@@ -48,12 +58,12 @@ def debug() -> bool:
 
 def timeout_s() -> float:
     """Steady-state deadline of a wait, in seconds (0: none)."""
-    return float(_read("CROSSDOCK_TIMEOUT_S"))
+    return _seconds("CROSSDOCK_TIMEOUT_S")
 
 
 def first_call_timeout_s() -> float:
     """Deadline of a wait in the first use of an operation, in seconds (0: none)."""
-    return float(_read("CROSSDOCK_FIRST_CALL_TIMEOUT_S"))
+    return _seconds("CROSSDOCK_FIRST_CALL_TIMEOUT_S")
 
 
 def transport() -> str | None:

@@ -13,12 +13,13 @@ import torch
 
 from crossdock import _env
 from crossdock.codec import Tokens, token_format
-from crossdock.errors import ConfigError, ShapeError
+from crossdock.errors import ConfigError, RankMismatchError, ShapeError, UnsupportedError
 from crossdock.handle import Handle
-from crossdock.routing import RoutingShare
-from crossdock.topology import num_local_experts
+from crossdock.routing import RoutingShare, check_expert_ids
+from crossdock.topology import Topology, num_local_experts
+from crossdock.transports.session import Timeouts
 
-__all__ = ["DispatchArguments", "check_combine", "check_tensor"]
+__all__ = ["BufferArguments", "DispatchArguments", "check_tensor", "checked_bias"]
 
 _COMBINED = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -79,7 +80,7 @@ class DispatchArguments:
         )
         experts_here = num_local_experts(per_expert.shape[0], num_ranks)
         self._check_numbers()
-        self._check_selection(num_tokens)
+        self._check_selection(num_tokens, per_expert.shape[0])
         if _env.debug() and self.topk_idx is not None:
             _check_presence(self.topk_idx, in_rank, experts_here)
         idx = None if self.topk_idx is None else self.topk_idx.int()
@@ -94,12 +95,13 @@ class DispatchArguments:
         if self.num_worst_tokens and self.topk_idx is None:
             raise ConfigError("num_worst_tokens needs topk_idx: padding rows are marked there")
 
-    def _check_selection(self, num_tokens: int) -> None:
+    def _check_selection(self, num_tokens: int, num_experts: int) -> None:
         if self.topk_idx is None:
             if self.topk_weights is not None:
                 raise ConfigError("topk_weights were given without topk_idx")
             return
         check_tensor("topk_idx", self.topk_idx, dtype=torch.int64, shape=(num_tokens, None))
+        check_expert_ids(self.topk_idx, num_experts)
         if self.topk_weights is not None:
             shape = (num_tokens, self.topk_idx.shape[1])
             check_tensor("topk_weights", self.topk_weights, dtype=torch.float32, shape=shape)
@@ -120,14 +122,14 @@ def _check_presence(
         )
 
 
-def check_combine(
+def checked_bias(
     x: torch.Tensor,
     handle: Handle,
     *,
     topk_weights: torch.Tensor | None,
-    bias: Sequence[torch.Tensor],
-) -> None:
-    """Check the arguments of a combine.
+    bias: torch.Tensor | Sequence[torch.Tensor] | None,
+) -> list[torch.Tensor]:
+    """Check the arguments of a combine; returns the biases, none, one or two.
 
     Raises:
         ShapeError: a tensor has the wrong shape or dtype.
@@ -138,5 +140,80 @@ def check_combine(
     if topk_weights is not None:
         shape = (x.shape[0], None)
         check_tensor("topk_weights", topk_weights, dtype=torch.float32, shape=shape)
-    for term in bias:
+    terms = [] if bias is None else [bias] if isinstance(bias, torch.Tensor) else list(bias)
+    for term in terms:
         check_tensor("bias", term, dtype=x.dtype, shape=(handle.num_tokens, x.shape[1]))
+    return [term.detach() for term in terms]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BufferArguments:
+    """The arguments of a buffer, as they came; the ranks must agree on all but the timeouts."""
+
+    num_nvl_bytes: int
+    max_tokens_per_rank: int
+    max_buffer_bytes: int
+    transport: str | None
+    low_latency_mode: bool
+    enable_shrink: bool
+    timeout_s: float | None
+    first_call_timeout_s: float | None
+
+    def agree(self, topology: Topology) -> None:
+        """Raise unless all ranks can go on with the same arguments.
+
+        Collective: all ranks, also those whose arguments are impossible. Sync: waits for them.
+
+        Raises:
+            RankMismatchError: the ranks were given different arguments.
+            ConfigError: the arguments of this rank, or of another, are impossible.
+        """
+        error = self._error()
+        told = topology.allgather((self._shared(), "" if error is None else str(error)))
+        for name in self._shared():
+            values = {rank: theirs[name] for rank, (theirs, _) in enumerate(told)}
+            if len(set(values.values())) > 1:
+                raise RankMismatchError(name, values, where="Buffer()")
+        if error is not None:
+            raise error
+        for rank, (_, text) in enumerate(told):
+            if text:
+                raise ConfigError(f"rank {rank} cannot make its buffer: {text}")
+
+    def timeouts(self) -> Timeouts:
+        """The deadlines: the arguments, or else the environment.
+
+        Raises:
+            ConfigError: not a number of seconds, or negative.
+        """
+        first = self.first_call_timeout_s
+        found = Timeouts(
+            first_call_s=_env.first_call_timeout_s() if first is None else first,
+            steady_s=_env.timeout_s() if self.timeout_s is None else self.timeout_s,
+        )
+        if min(found.first_call_s, found.steady_s) < 0:
+            raise ConfigError(f"timeouts must be 0 (for ever) or more seconds, got {found}")
+        return found
+
+    def _shared(self) -> dict[str, object]:
+        name = self.transport if self.transport is not None else _env.transport()
+        own = ("timeout_s", "first_call_timeout_s")
+        shared = {field: value for field, value in vars(self).items() if field not in own}
+        return {**shared, "transport": name}
+
+    def _error(self) -> ConfigError | None:
+        """What is wrong with this rank's arguments, if anything."""
+        for name in ("low_latency_mode", "enable_shrink"):
+            if getattr(self, name):
+                return UnsupportedError(f"{name} is not in this version")
+        for name in ("num_nvl_bytes", "max_tokens_per_rank", "max_buffer_bytes"):
+            if getattr(self, name) < 0:
+                return ShapeError(name, got=getattr(self, name), expected="0 or more")
+        if self.max_buffer_bytes and self.num_nvl_bytes > self.max_buffer_bytes:
+            sizes = f"{self.num_nvl_bytes} is more than max_buffer_bytes={self.max_buffer_bytes}"
+            return ConfigError(f"num_nvl_bytes={sizes}")
+        try:
+            self.timeouts()
+        except ConfigError as error:
+            return error
+        return None

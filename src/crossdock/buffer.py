@@ -15,13 +15,11 @@ import torch
 import torch.distributed as dist
 
 from crossdock import _env
-from crossdock.arguments import DispatchArguments, check_combine, check_tensor
+from crossdock.arguments import BufferArguments, DispatchArguments, check_tensor, checked_bias
 from crossdock.codec import AnyTokens, Tokens
 from crossdock.config import Config
 from crossdock.errors import (
     ConfigError,
-    HandleError,
-    RankMismatchError,
     ShapeError,
     UnsupportedError,
 )
@@ -33,7 +31,7 @@ from crossdock.routing import dispatch_layout
 from crossdock.topology import Communicator, Topology
 from crossdock.transports import Limits, select
 from crossdock.transports.base import Operation
-from crossdock.transports.session import Session, Timeouts
+from crossdock.transports.session import Session
 
 __all__ = ["Buffer", "topk_idx_t"]
 
@@ -61,10 +59,14 @@ class Buffer:
         transport: name of the transport to use; None for the best that fits the group, which
             `CROSSDOCK_TRANSPORT` overrides.
         max_tokens_per_rank: tokens a rank to make room for in the first call already.
-        max_buffer_bytes: limit of the peer-addressable memory of a rank, in bytes; 0 for none.
+        max_buffer_bytes: limit of the peer-addressable memory that a rank uses, in bytes; 0 for
+            none. Memory that was outgrown lives on, beside it, while results in it are held.
         timeout_s: seconds a wait for peers may last; 0 for ever; None for `CROSSDOCK_TIMEOUT_S`.
         first_call_timeout_s: the same for the first call of each operation; None for
             `CROSSDOCK_FIRST_CALL_TIMEOUT_S`.
+
+    Calls are paired by their order, so all ranks must make them in the same order, also where two
+    threads share a buffer: equal calls of two threads that change places are not noticed.
 
     Collective: all ranks of the group, with the same arguments except for the timeouts.
     Sync: waits for all ranks, as long as the group itself does.
@@ -104,36 +106,26 @@ class Buffer:
         timeout_s: float | None = None,
         first_call_timeout_s: float | None = None,
     ) -> None:
-        for wanted, given in (
-            ("low_latency_mode", low_latency_mode),
-            ("enable_shrink", enable_shrink),
-        ):
-            if given:
-                raise UnsupportedError(f"{wanted} is not in this version")
-        if max_buffer_bytes and num_nvl_bytes > max_buffer_bytes:
-            raise ConfigError(
-                f"num_nvl_bytes={num_nvl_bytes} is more than max_buffer_bytes={max_buffer_bytes}"
-            )
         topology = Topology.discover(group, comm)
-        name = transport if transport is not None else _env.transport()
-        _check_same_arguments(
-            topology,
+        given = BufferArguments(
             num_nvl_bytes=num_nvl_bytes,
             max_tokens_per_rank=max_tokens_per_rank,
             max_buffer_bytes=max_buffer_bytes,
-            transport=name,
+            transport=transport,
+            low_latency_mode=low_latency_mode,
+            enable_shrink=enable_shrink,
+            timeout_s=timeout_s,
+            first_call_timeout_s=first_call_timeout_s,
         )
+        given.agree(topology)
         self.group = topology.group if comm is None else comm
         self.rank, self.group_size = topology.rank, topology.num_ranks
         self.num_nvl_bytes, self.num_rdma_bytes = num_nvl_bytes, num_rdma_bytes
         self.low_latency_mode, self.enable_shrink = low_latency_mode, enable_shrink
         self.explicitly_destroy = explicitly_destroy
         limits = Limits(start_bytes=num_nvl_bytes, max_bytes=max_buffer_bytes)
-        timeouts = Timeouts(
-            first_call_s=_given(first_call_timeout_s, _env.first_call_timeout_s()),
-            steady_s=_given(timeout_s, _env.timeout_s()),
-        )
-        self._session = Session(select(topology, limits, name=name), timeouts)
+        name = transport if transport is not None else _env.transport()
+        self._session = Session(select(topology, limits, name=name), given.timeouts())
         self.transport = self._session.transport.name
         self._exchange = Exchange(topology, self._session, reserve_tokens=max_tokens_per_rank)
 
@@ -240,7 +232,8 @@ class Buffer:
         _wait_for(previous_event)
         self._config(config, "get_dispatch_config")
         if handle is not None:
-            named = self._handle(handle, Operation.CACHED_DISPATCH)
+            with self._session.checking(Operation.CACHED_DISPATCH):
+                named = Handle.of(handle, num_ranks=self.group_size)
             again = self._exchange.dispatch_again(x, named)
             return again, None, None, None, None, _event(async_finish, x)
         given = DispatchArguments(
@@ -251,10 +244,8 @@ class Buffer:
             expert_alignment=expert_alignment,
             num_worst_tokens=num_worst_tokens,
         )
-        try:
+        with self._session.checking(Operation.DISPATCH):
             routing = given.checked(x, num_ranks=self.group_size)
-        except ConfigError as error:
-            self._session.refuse(Operation.DISPATCH, error)
         done = self._exchange.dispatch(
             x, routing, alignment=expert_alignment, num_worst_tokens=num_worst_tokens
         )
@@ -302,12 +293,9 @@ class Buffer:
         """
         _wait_for(previous_event)
         self._config(config, "get_combine_config")
-        named = self._handle(handle, Operation.COMBINE)
-        terms = () if bias is None else bias if isinstance(bias, tuple) else (bias,)
-        try:
-            check_combine(x, named, topk_weights=topk_weights, bias=terms)
-        except ConfigError as error:
-            self._session.refuse(Operation.COMBINE, error)
+        with self._session.checking(Operation.COMBINE):
+            named = Handle.of(handle, num_ranks=self.group_size)
+            terms = checked_bias(x, named, topk_weights=topk_weights, bias=bias)
         done = self._exchange.combine(x, named, topk_weights=topk_weights, bias=terms)
         return done.rows, done.topk_weights, _event(async_finish, x)
 
@@ -341,7 +329,8 @@ class Buffer:
     def destroy(self) -> None:
         """Give up the buffer's memory. Idempotent.
 
-        Collective: no. Sync: no. Lifetime: results that were returned stay valid.
+        Collective: no. Sync: waits for a call of another thread to end. Lifetime: results that
+        were returned stay valid.
         """
         self._session.close()
 
@@ -366,11 +355,16 @@ class Buffer:
 
         Raises:
             UnsupportedError: the transport owns no memory.
-            ShapeError: `size` does not fit.
+            ShapeError: `size` or `offset` does not fit.
+            TransportError: the buffer was destroyed or cannot be used any more.
         """
+        self._session.check()
         memory = self._session.transport.local_memory()
         if memory is None:
             raise UnsupportedError(f"the {self.transport} transport has no memory of its own")
+        if offset < 0 or offset % dtype.itemsize:
+            expected = f"a multiple of {dtype.itemsize} bytes"
+            raise ShapeError("offset", got=offset, expected=expected)
         usable = (memory.numel() - offset) // dtype.itemsize
         view = memory[offset : offset + usable * dtype.itemsize].view(dtype)
         if size is None:
@@ -419,6 +413,10 @@ class Buffer:
         """The knobs that `combine` takes when it is given none, for any number of ranks."""
         return Config(Buffer.num_sms)
 
+    def __deepcopy__(self, memo: dict[int, object]) -> Buffer:
+        """The buffer itself: a copied model goes on sharing it, as it shares its process group."""
+        return self
+
     def __enter__(self) -> Buffer:
         return self
 
@@ -442,25 +440,6 @@ class Buffer:
         """The knobs of a call; looked up on the class at call time, where clients replace it."""
         chosen: Config = getattr(type(self), lookup)(self.group_size) if config is None else config
         return chosen
-
-    def _handle(self, handle: tuple[torch.Tensor, ...], operation: Operation) -> Handle:
-        try:
-            return Handle.of(handle, num_ranks=self.group_size)
-        except HandleError as error:
-            self._session.refuse(operation, error)
-
-
-def _given(value: float | None, otherwise: float) -> float:
-    return otherwise if value is None else value
-
-
-def _check_same_arguments(topology: Topology, **mine: object) -> None:
-    """Raise on every rank unless all were given the same."""
-    everyone = topology.allgather(mine)
-    for name in mine:
-        values = {rank: theirs[name] for rank, theirs in enumerate(everyone)}
-        if len({str(value) for value in values.values()}) > 1:
-            raise RankMismatchError(name, values, where="Buffer()")
 
 
 def _wait_for(previous: _Event) -> None:

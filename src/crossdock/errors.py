@@ -18,6 +18,7 @@ An error carries its facts as attributes, so that callers need not parse message
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 __all__ = [
     "BufferTooSmallError",
@@ -35,7 +36,20 @@ __all__ = [
 
 
 class CrossdockError(Exception):
-    """Base of everything that crossdock raises on purpose."""
+    """Base of everything that crossdock raises on purpose. Survives pickling with its facts."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self), self.args, self.__dict__)
+
+
+def _rebuild(kind: type[Exception], args: tuple[Any, ...], facts: dict[str, Any]) -> Exception:
+    builtin: Any = kind
+    while builtin.__module__ == __name__:
+        builtin = builtin.__base__  # the one whose memory layout this error has
+    error: Exception = builtin.__new__(kind, *args)
+    error.args = args
+    error.__dict__.update(facts)
+    return error
 
 
 class ConfigError(CrossdockError, ValueError):

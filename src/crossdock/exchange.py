@@ -212,7 +212,7 @@ class Exchange:
             is_token_in_rank.sum(0, dtype=torch.int32).unsqueeze(1),
             received.unsqueeze(1),
             layouts.pad_rows(layout.recv_src_idx, num_rows, fill=0),
-            is_token_in_rank,
+            is_token_in_rank.clone(),
             layouts.send_head_of(is_token_in_rank),
         )
 

@@ -17,7 +17,14 @@ import torch
 from crossdock.errors import ShapeError
 from crossdock.topology import num_local_experts
 
-__all__ = ["DispatchLayout", "RoutingShare", "RoutingTable", "dispatch_layout"]
+__all__ = [
+    "DispatchLayout",
+    "RoutingShare",
+    "RoutingTable",
+    "ShareShape",
+    "check_expert_ids",
+    "dispatch_layout",
+]
 
 
 @dataclass(frozen=True)
@@ -51,7 +58,7 @@ def dispatch_layout(topk_idx: torch.Tensor, num_experts: int, num_ranks: int) ->
         tokens per rank [2,1], per expert [1,2,0,1], in rank [[1,0],[1,1],[0,0]]
     """
     experts_here = num_local_experts(num_experts, num_ranks)
-    _check_expert_ids(topk_idx, num_experts)
+    check_expert_ids(topk_idx, num_experts)
     none = topk_idx < 0
     owner = torch.where(none, num_ranks, topk_idx // experts_here).long()
     in_rank = torch.zeros(
@@ -63,7 +70,8 @@ def dispatch_layout(topk_idx: torch.Tensor, num_experts: int, num_ranks: int) ->
     return DispatchLayout(in_rank.sum(0, dtype=torch.int32), per_expert.int(), in_rank)
 
 
-def _check_expert_ids(topk_idx: torch.Tensor, num_experts: int) -> None:
+def check_expert_ids(topk_idx: torch.Tensor, num_experts: int) -> None:
+    """Raise `ShapeError` if an id is not below `num_experts`; on CPU, where looking is free."""
     if topk_idx.device.type == "cpu" and topk_idx.numel():
         highest = int(topk_idx.max())
         if highest >= num_experts:

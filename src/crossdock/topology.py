@@ -36,7 +36,7 @@ def _read_first_line(path: str) -> str:
 
 
 def _host_identity() -> str:
-    """Equal for two processes exactly when they can open each other's memory through /proc."""
+    """Equal for processes of one host and pid namespace, which see each other in /proc."""
     boot = _read_first_line("/proc/sys/kernel/random/boot_id") or socket.gethostname()
     try:
         namespace = str(Path("/proc/self/ns/pid").stat().st_ino)
@@ -85,6 +85,11 @@ class Topology:
         told = allgather((_host_identity(), platform.machine()))
         hosts, machines = zip(*told, strict=True)
         return cls(rank, num_ranks, hosts, machines, allgather, group)
+
+    @property
+    def uses_cuda(self) -> bool:
+        """Whether the group's backend moves CUDA tensors."""
+        return self.group is not None and "nccl" in dist.get_backend(self.group)
 
     @property
     def scale_up_ranks(self) -> tuple[int, ...]:

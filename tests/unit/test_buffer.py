@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -367,3 +370,173 @@ def test_the_environment_chooses_where_the_caller_does_not(
     monkeypatch.setenv("CROSSDOCK_TRANSPORT", "loopback")
     assert "loopback" in repr(Buffer())
     assert "one_sided" in repr(Buffer(transport="one_sided"))
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_refusals_in_a_row_are_heard_one_by_one(transport: str) -> None:
+    """The refusing rank runs ahead of a late one; each reason belongs to its own call."""
+
+    def run(comm: Any) -> list[str]:
+        buffer = make(comm, transport)
+        told = []
+        for dtype in (torch.float64, torch.complex64, torch.float64):
+            x = torch.zeros(2, 4)
+            if comm.Get_rank() == 0:
+                x = x.to(dtype)
+            else:
+                time.sleep(0.1)
+            told.append(str(outcome(lambda x=x: dispatch(buffer, x))))
+        assert round_trip_is_right(buffer, 3)
+        return told
+
+    _, late = run_threads(2, run)
+    for text, dtype in zip(late, ("float64", "complex64", "float64"), strict=True):
+        assert "rank 0 refused" in text
+        assert dtype in text
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_any_error_in_the_arguments_is_told(transport: str) -> None:
+    def run(comm: Any) -> list[type | None]:
+        buffer = make(comm, transport)
+        recv_x, _, _, _, handle, _ = dispatch(buffer, rows(buffer, 4))
+        here = comm.Get_rank() == 0
+        errors = [
+            outcome(lambda: buffer.combine(recv_x, None if here else handle)),
+            outcome(lambda: buffer.combine(recv_x, handle, bias=object() if here else None)),
+            outcome(lambda: dispatch(buffer, [rows(buffer, 4)] if here else rows(buffer, 4))),
+        ]
+        assert round_trip_is_right(buffer, 5)
+        return [type(error) for error in errors]
+
+    mine, theirs = run_threads(2, run)
+    assert PeerRefusedError not in mine
+    assert None.__class__ not in mine
+    assert theirs == [PeerRefusedError] * 3
+
+
+def test_biases_come_as_any_sequence_and_need_no_gradient() -> None:
+    buffer = Buffer(transport="loopback")
+    x = torch.ones(2, 4)
+    recv_x, _, _, _, handle, _ = dispatch(buffer, x)
+    bias = [torch.ones(2, 4, requires_grad=True), torch.ones(2, 4)]
+    combined = buffer.combine(recv_x, handle, bias=bias)[0]
+    assert combined.tolist() == [[3.0] * 4] * 2
+    assert not combined.requires_grad
+
+
+def test_a_rank_that_cannot_make_its_buffer_tells_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def run(comm: Any) -> list[BaseException | None]:
+        first = comm.Get_rank() == 0
+        return [
+            outcome(lambda: make(comm, max_buffer_bytes=1000 if first else 0, num_nvl_bytes=2000)),
+            outcome(lambda: make(comm, timeout_s=-1.0 if first else 1.0)),
+        ]
+
+    mine, theirs = run_threads(2, run)
+    assert isinstance(mine[0], RankMismatchError)
+    assert isinstance(theirs[0], RankMismatchError)
+    assert isinstance(mine[1], ConfigError)
+    assert isinstance(theirs[1], ConfigError)
+    assert "rank 0" in str(theirs[1])
+    for wrong in ({"max_tokens_per_rank": -5}, {"num_nvl_bytes": -1}, {"max_buffer_bytes": -1}):
+        with pytest.raises(ShapeError, match=next(iter(wrong))):
+            Buffer(**wrong)
+    monkeypatch.setenv("CROSSDOCK_TIMEOUT_S", "soon")
+    with pytest.raises(ConfigError, match="CROSSDOCK_TIMEOUT_S"):
+        Buffer()
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_destroy_waits_for_a_call_of_another_thread(transport: str) -> None:
+    def run(comm: Any) -> bool:
+        buffer = make(comm, transport)
+        if comm.Get_rank() == 1:
+            time.sleep(0.5)
+            return round_trip_is_right(buffer, 4)
+        done: list[bool] = []
+        call = threading.Thread(target=lambda: done.append(round_trip_is_right(buffer, 4)))
+        call.start()
+        time.sleep(0.1)
+        call.join(10)
+        buffer.destroy()
+        with pytest.raises(TransportError, match="destroyed"):
+            buffer.check()
+        return done == [True]
+
+    assert run_threads(2, run) == [True, True]
+
+
+def test_what_a_destroyed_buffer_says() -> None:
+    buffer = Buffer(transport="one_sided", num_nvl_bytes=1 << 16)
+    with pytest.raises(ShapeError, match="offset"):
+        buffer.get_local_buffer_tensor(torch.float32, offset=3)
+    buffer.destroy()
+    with pytest.raises(TransportError, match="destroyed"):
+        buffer.get_local_buffer_tensor(torch.uint8)
+
+
+def test_a_result_carries_only_its_own_bytes() -> None:
+    buffer = Buffer(transport="one_sided")
+    buffer.warmup(4096, 16, torch.float32)
+    recv_x = dispatch(buffer, torch.ones(2, 16))[0]
+    assert recv_x.untyped_storage().nbytes() < 1024
+
+
+def test_a_handle_owns_its_tensors() -> None:
+    buffer = Buffer(transport="loopback")
+    in_rank = torch.ones(2, 1, dtype=torch.bool)
+    per_expert = torch.ones(2, dtype=torch.int32)
+    handle = buffer.dispatch(
+        torch.ones(2, 4), is_token_in_rank=in_rank, num_tokens_per_expert=per_expert
+    )[4]
+    in_rank.zero_()
+    assert handle.is_token_in_rank.all()
+
+
+def test_a_copied_model_shares_the_buffer() -> None:
+    buffer = Buffer(transport="loopback")
+    assert copy.deepcopy({"buffer": buffer})["buffer"] is buffer
+
+
+def test_an_expert_that_does_not_exist_is_refused() -> None:
+    buffer = Buffer(transport="loopback")
+    with pytest.raises(ShapeError, match="expert"):
+        buffer.dispatch(
+            torch.ones(1, 4),
+            is_token_in_rank=torch.ones(1, 1, dtype=torch.bool),
+            num_tokens_per_expert=torch.ones(2, dtype=torch.int32),
+            topk_idx=torch.tensor([[2**32 + 1]]),
+        )
+
+
+def test_the_rank_that_waits_itself_is_not_the_one_that_is_missing() -> None:
+    """Rank 2 goes between its signals: rank 0 gets on to the next call, rank 1 does not."""
+
+    def run(comm: Any) -> BaseException | None:
+        buffer = make(comm, "one_sided", timeout_s=1.0, first_call_timeout_s=4.0)
+        recv_x, _, _, _, handle, _ = dispatch(buffer, rows(buffer, 4))
+        if comm.Get_rank() == 2:
+            control = buffer._session.transport._control
+            signal = control.signal
+
+            def signal_only_rank_0(kind: Any, call: Any, *, peer: int | None = None) -> None:
+                if peer == 1:
+                    raise SystemExit
+                signal(kind, call, peer=peer)
+
+            control.signal = signal_only_rank_0
+            control.fail = lambda call, error: None
+            try:
+                buffer.combine(recv_x, handle)
+            except SystemExit:
+                time.sleep(6)
+            return None
+        return outcome(lambda: (buffer.combine(recv_x, handle), dispatch(buffer, rows(buffer, 4))))
+
+    errors = run_threads(3, run)[:2]
+    for error in errors:
+        assert isinstance(error, PeerTimeoutError)
+        assert error.missing == [2]

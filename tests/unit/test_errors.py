@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 
 import pytest
@@ -54,3 +55,24 @@ def test_facts_are_attributes() -> None:
     assert "rank 1: 128" in str(mismatch)
     missing = errors.MissingDependencyError("rich", extra="cli")
     assert missing.command == 'pip install "crossdock[cli]"'
+
+
+def test_errors_survive_pickling_with_their_facts() -> None:
+    timeout = errors.PeerTimeoutError(
+        [2], operation="combine", epoch=4, phase="land", waited_s=1.0, peers={2: "nothing yet"}
+    )
+    examples = [
+        timeout,
+        errors.ShapeError("x", got=1, expected="2"),
+        errors.UnsupportedError("this", {"a": "b"}),
+        errors.RankMismatchError("hidden size", {0: 1, 1: 2}),
+        errors.PeerRefusedError(1, operation="dispatch 3", reason="because"),
+        errors.BufferTooSmallError(2, 1, argument="max_buffer_bytes", rank=0),
+        errors.HandleError("stale"),
+        errors.MissingDependencyError("rich", extra="cli"),
+    ]
+    for error in examples:
+        again = pickle.loads(pickle.dumps(error))
+        assert type(again) is type(error)
+        assert str(again) == str(error)
+        assert vars(again) == vars(error)

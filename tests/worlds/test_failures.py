@@ -153,8 +153,8 @@ import os, signal, time
 from crossdock import Buffer, worlds
 
 def work(rank, num_ranks):
-    buffer = Buffer(transport="one_sided", max_tokens_per_rank=256)
-    buffer.warmup(256, 1024)
+    buffer = Buffer(transport="one_sided")
+    buffer.warmup(1024, 8192)
     os.write(1, f"ready {os.getpid()}\\n".encode())
     time.sleep(60)
 
@@ -164,23 +164,30 @@ if __name__ == "__main__":
 """
 
 
+def shared_memory_bytes() -> int:
+    """What the whole host holds in memory files and /dev/shm."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Shmem:"))
+
+
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_nothing_is_left_when_a_world_is_ended(tmp_path: Path, sign: signal.Signals) -> None:
-    before = set(os.listdir("/dev/shm"))
+    files, held = set(os.listdir("/dev/shm")), shared_memory_bytes()
     script = tmp_path / "world.py"
     script.write_text(SCRIPT)
     with subprocess.Popen(
         [sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     ) as world:
         pids = [int(world.stdout.readline().split()[1]) for _ in range(2)]
-        assert set(os.listdir("/dev/shm")) <= before
+        assert shared_memory_bytes() - held > 200 << 20
         world.send_signal(sign)
         world.communicate(timeout=30)
     deadline = time.monotonic() + 15
     while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
-    assert set(os.listdir("/dev/shm")) <= before
+    assert shared_memory_bytes() - held < 50 << 20
+    assert set(os.listdir("/dev/shm")) <= files
 
 
 def test_the_error_is_a_timeout_error() -> None:

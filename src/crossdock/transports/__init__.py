@@ -12,8 +12,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch.distributed as dist
-
 from crossdock.errors import TransportError, UnsupportedError
 from crossdock.topology import Topology
 from crossdock.transports.base import Transport
@@ -47,7 +45,7 @@ def _one_sided(topology: Topology, limits: Limits) -> Transport:
         raise TransportError("needs Linux")
     if any(machine not in _ORDERED_STORES for machine in topology.machines):
         raise TransportError(f"needs x86-64's store order, the ranks run {set(topology.machines)}")
-    if topology.group is not None and dist.get_backend(topology.group) == "nccl":
+    if topology.uses_cuda:
         raise TransportError("moves CPU tensors, but the group's backend is nccl")
     return OneSided(topology, start_bytes=limits.start_bytes, max_bytes=limits.max_bytes)
 

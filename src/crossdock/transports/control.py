@@ -23,12 +23,16 @@ from crossdock.transports.base import HEADER_WORDS, Call, Deadline, Header, Heap
 
 __all__ = ["BLOCK_BYTES", "Control", "Signal"]
 
-BLOCK_BYTES = 1024
+BLOCK_BYTES = 2048
 _BLOCK_WORDS = BLOCK_BYTES // 8
-_FAILED, _NOTE, _HEADERS, _TEXT = 4, 5, 9, 9 + 2 * HEADER_WORDS
-_NOTE_WORDS = _HEADERS - _NOTE
-_TEXT_BYTES = (_BLOCK_WORDS - _TEXT) * 8
-_CAUSE_BYTES = _TEXT_BYTES // 3
+_FAILED, _WAITING, _NOTE, _NOTE_WORDS = 4, 5, 6, 4
+_HEADERS = _NOTE + _NOTE_WORDS
+_REASONS = _HEADERS + 2 * HEADER_WORDS
+_TEXT_WORDS = (_BLOCK_WORDS - _REASONS) // 3
+_CAUSE = _REASONS + 2 * _TEXT_WORDS
+_CAUSE_BYTES = _TEXT_WORDS * 8 // 3
+_BEAT_NS = 20_000_000
+_ALIVE_NS = 500_000_000
 
 
 class Signal(IntEnum):
@@ -50,14 +54,15 @@ class Backoff:
         self._yields = 0
         self._sleep_s = 0.00002
 
-    def pause(self) -> None:
-        """Let others run; releases the GIL."""
+    def pause(self) -> bool:
+        """Let others run, with the GIL released; whether this has become a sleep."""
         if self._yields < self._YIELDS:
             self._yields += 1
             os.sched_yield()
-            return
+            return False
         time.sleep(self._sleep_s)
         self._sleep_s = min(self._sleep_s * 1.5, self._LONGEST_S)
+        return True
 
 
 class Control:
@@ -74,6 +79,7 @@ class Control:
         self._num_ranks = num_ranks
         self._mine = heap.words(rank)
         self._theirs = [heap.words(peer) for peer in range(num_ranks)]
+        self._beaten = 0
         self._told = {
             signal: [self._at(peer, signal) for peer in range(num_ranks)] for signal in Signal
         }
@@ -85,7 +91,7 @@ class Control:
         raw = memoryview(array("q", header))
         for words in self._theirs:
             if reason:
-                self._write_text(words, reason)
+                self._write_text(words, self._reason_at(call), reason)
             words[begin : begin + HEADER_WORDS] = raw
         self.signal(Signal.POSTED, call)
 
@@ -93,11 +99,9 @@ class Control:
         """Every rank's header of this call; valid once all have posted."""
         return [self._header(peer, self._slot(call.sequence)) for peer in range(self._num_ranks)]
 
-    def reason_of(self, peer: int) -> str:
-        """The text a peer wrote beside its last refusal or failure."""
-        begin = self._at(peer, _TEXT) * 8
-        raw = self._mine.cast("B")[begin : begin + _TEXT_BYTES].tobytes()
-        return raw.split(b"\0", 1)[0].decode(errors="replace")
+    def reason_of(self, call: Call, peer: int) -> str:
+        """The reason that a peer gave for refusing this call."""
+        return self._text(peer, self._reason_at(call))
 
     def post_note(self, call: Call, note: Sequence[int]) -> None:
         """Write a few integers to every peer, and signal them as `GROWN`."""
@@ -128,13 +132,35 @@ class Control:
         """
         wanted = call.sequence if sequence is None else sequence
         deadline, backoff = Deadline(call.timeout_s), Backoff()
-        missing = list(range(self._num_ranks))
-        while missing := [r for r in missing if self._mine[self._told[signal][r]] < wanted]:
-            if any(self._mine[at] for at in self._failed):
-                self._raise_failures(call, phase, deadline.waited_s)
-            if deadline.passed:
-                raise self._timeout(missing, call, phase, waited_s=deadline.waited_s)
-            backoff.pause()
+        missing = [rank for rank in range(self._num_ranks) if rank != self._rank]
+        try:
+            while missing := [r for r in missing if self._mine[self._told[signal][r]] < wanted]:
+                if any(self._mine[at] for at in self._failed):
+                    self._raise_failures(call, phase, deadline.waited_s)
+                if deadline.passed:
+                    late = self._not_waiting(missing) or missing
+                    raise self._timeout(late, call, phase, waited_s=deadline.waited_s)
+                if backoff.pause():
+                    self._beat()
+        finally:
+            self._beat(over=True)
+
+    def _beat(self, *, over: bool = False) -> None:
+        """Show the peers that this rank is itself waiting, or no longer is.
+
+        The clock is the host's, the same for all ranks; a beat that is old is a dead rank's.
+        """
+        now = 0 if over else time.monotonic_ns()
+        if now - self._beaten < _BEAT_NS and not (over and self._beaten):
+            return
+        self._beaten = now
+        for words in self._theirs:
+            words[self._at(self._rank, _WAITING)] = now
+
+    def _not_waiting(self, ranks: Sequence[int]) -> list[int]:
+        """Those that are not themselves waiting for somebody else."""
+        since = time.monotonic_ns() - _ALIVE_NS
+        return [rank for rank in ranks if self._mine[self._at(rank, _WAITING)] < since]
 
     def fail(self, call: Call, error: BaseException) -> None:
         """Tell every peer at once that this rank gave up, and because of whom."""
@@ -142,14 +168,14 @@ class Control:
         missing = error.missing if isinstance(error, PeerTimeoutError) else []
         cause = json.dumps({"text": text, "missing": missing}, ensure_ascii=False)
         for words in self._theirs:
-            self._write_text(words, cause)
+            self._write_text(words, _CAUSE, cause)
             words[self._at(self._rank, _FAILED)] = call.sequence
 
     def _raise_failures(self, call: Call, phase: str, waited_s: float) -> None:
         for peer in range(self._num_ranks):
             if peer == self._rank or not self._mine[self._at(peer, _FAILED)]:
                 continue
-            cause = json.loads(self.reason_of(peer))
+            cause = json.loads(self._text(peer, _CAUSE))
             if cause["missing"] and self._rank not in cause["missing"]:
                 note = f"Reported by rank {peer}."
                 raise self._timeout(cause["missing"], call, phase, waited_s=waited_s, note=note)
@@ -179,10 +205,19 @@ class Control:
         begin = self._at(peer, slot)
         return Header(*self._mine[begin : begin + HEADER_WORDS].tolist())
 
-    def _write_text(self, words: memoryview, text: str) -> None:
-        raw = text.encode()[: _TEXT_BYTES - 1]
-        begin = self._at(self._rank, _TEXT) * 8
+    def _write_text(self, words: memoryview, word: int, text: str) -> None:
+        raw = text.encode()[: _TEXT_WORDS * 8 - 1]
+        begin = self._at(self._rank, word) * 8
         words.cast("B")[begin : begin + len(raw) + 1] = raw + b"\0"
+
+    def _text(self, peer: int, word: int) -> str:
+        begin = self._at(peer, word) * 8
+        raw = self._mine.cast("B")[begin : begin + _TEXT_WORDS * 8].tobytes()
+        return raw.split(b"\0", 1)[0].decode(errors="replace")
+
+    @staticmethod
+    def _reason_at(call: Call) -> int:
+        return _REASONS + (call.sequence % 2) * _TEXT_WORDS
 
     @staticmethod
     def _slot(sequence: int) -> int:

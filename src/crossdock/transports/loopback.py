@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -50,7 +51,8 @@ class Board:
         name, number = topic
         with self._changed:
             self._pinned.setdefault(topic, {})[rank] = value
-            self._pinned.pop((name, number - 2), None)
+            for old in [key for key in self._pinned if key[0] == name and key[1] < number - 1]:
+                del self._pinned[old]
             self._changed.notify_all()
 
     def give_up(self, rank: int, error: BaseException) -> None:
@@ -136,6 +138,7 @@ class Loopback:
 
     def route(self, call: Call, header: Header, share: torch.Tensor) -> Routed:
         """See `Transport.route`."""
+        self._wait_for_all_to_enter_the_call_before(call)
         self._board.last[self._rank] = header
         told = self._exchange("route", call, (header, share.clone(), ""))
         headers = [item[0] for item in told]
@@ -156,12 +159,10 @@ class Loopback:
 
     def refuse(self, call: Call, header: Header, reason: str) -> None:
         """See `Transport.refuse`."""
-        refusal = (
-            header._replace(refused=1),
-            torch.empty(0, dtype=torch.uint8, device="cpu"),
-            reason,
-        )
-        self._board.pin(("route", call.sequence), self._rank, refusal)
+        self._wait_for_all_to_enter_the_call_before(call)
+        self._board.last[self._rank] = header
+        refusal = (header._replace(refused=1), torch.empty(0, dtype=torch.uint8, device="cpu"))
+        self._board.pin(("route", call.sequence), self._rank, (*refusal, reason))
 
     def fail(self, call: Call, error: BaseException) -> None:
         """See `Transport.fail`."""
@@ -178,11 +179,19 @@ class Loopback:
     def close(self) -> None:
         """See `Transport.close`."""
 
+    def _wait_for_all_to_enter_the_call_before(self, call: Call) -> None:
+        """A refusal runs ahead; what is pinned must stay until everybody has read it."""
+        if call.sequence > 1:
+            self._collect("route", replace(call, sequence=call.sequence - 1))
+
     def _exchange(self, phase: str, call: Call, value: Any) -> list[Any]:
         """Pin this rank's value and collect all ranks' for this phase of the call."""
-        topic, deadline = (phase, call.sequence), Deadline(call.timeout_s)
-        self._board.pin(topic, self._rank, value)
-        values, missing = self._board.collect(topic, deadline)
+        self._board.pin((phase, call.sequence), self._rank, value)
+        return self._collect(phase, call)
+
+    def _collect(self, phase: str, call: Call) -> list[Any]:
+        deadline = Deadline(call.timeout_s)
+        values, missing = self._board.collect((phase, call.sequence), deadline)
         if not missing:
             return values
         for rank, error in self._board.failures.items():

@@ -116,13 +116,13 @@ class _Generation:
         begin = self.capacity.zone_at(zone)
         return self._heap.peer(rank)[begin : begin + self.capacity.zone_bytes]
 
-    def lend(self, zone: int) -> torch.Tensor:
-        """A zone of this rank whose memory is free again once no tensor refers to it."""
+    def lend(self, zone: int, nbytes: int) -> torch.Tensor:
+        """The beginning of a zone of this rank, which is free again once no tensor refers to it."""
         begin = self.capacity.zone_at(zone)
         span = self._heap.span(self._rank, begin, begin + self.capacity.zone_bytes)
         self.free.remove(zone)
         weakref.finalize(span, self.free.append, zone).atexit = False
-        return torch.frombuffer(span, dtype=torch.uint8)
+        return torch.frombuffer(span, dtype=torch.uint8, count=nbytes)
 
     def zones(self) -> torch.Tensor:
         """All zones of this rank, as bytes."""
@@ -186,7 +186,7 @@ class OneSided:
         self._control.post_header(call, header._replace(zone=generation.free[-1]))
         self._control.wait(Signal.POSTED, call, phase="route")
         headers = self._control.headers(call)
-        check_agreement(headers, call, reason_of=self._control.reason_of)
+        check_agreement(headers, call, reason_of=lambda r: self._control.reason_of(call, r))
         if self._grow(call, headers):
             headers = [told._replace(zone=NUM_ZONES - 1) for told in headers]
             self._post_share(call, share)
@@ -224,7 +224,8 @@ class OneSided:
     ) -> list[torch.Tensor]:
         zone = self._zones[self._rank]
         if keep and num_rows and len(self._current.free) > 1:
-            return _divide(self._current.lend(zone), planes, num_rows)
+            lent = self._current.lend(zone, max(_used_bytes(planes, num_rows), 1))
+            return _divide(lent, planes, num_rows)
         landed = _divide(self._current.zone(self._rank, zone), planes, num_rows)
         return [ops.place(area, num_rows) for area in landed] if keep else landed
 
@@ -252,7 +253,7 @@ class OneSided:
 
     def close(self) -> None:
         """See `Transport.close`. The memory goes with the last tensor on it."""
-        self.__dict__.clear()
+        del self._current, self._control, self._control_heap
 
     def _check_limit(self, call: Call, header: Header) -> None:
         """Refuse what this rank alone knows to exceed the limit."""
@@ -303,6 +304,12 @@ def _raise_any(problems: Mapping[int, str]) -> None:
     if problems:
         told = "; ".join(f"rank {rank}: {text}" for rank, text in problems.items())
         raise TransportError(f"shared memory could not be had: {told}")
+
+
+def _used_bytes(planes: Sequence[torch.Tensor], num_rows: int) -> int:
+    """What `_divide` cuts off a zone."""
+    sizes = (num_rows * plane.shape[1] * plane.dtype.itemsize for plane in planes)
+    return sum(align(nbytes, _LINE) for nbytes in sizes)
 
 
 def _divide(

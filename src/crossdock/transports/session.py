@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NoReturn
 
 import torch
 
@@ -25,7 +24,7 @@ from crossdock.transports.base import Call, Header, Operation, Routed, Shipment,
 
 __all__ = ["Attempt", "Session", "Timeouts"]
 
-_AGREED = (RankMismatchError, PeerRefusedError, BufferTooSmallError)
+_IN_STEP = (RankMismatchError, PeerRefusedError, BufferTooSmallError)
 """Errors that every rank raises in the same call, so that the next call finds all ranks in step."""
 
 
@@ -115,18 +114,24 @@ class Session:
         """After an error: tell the peers what they cannot know."""
         call = attempt.call
         if not attempt.entered and isinstance(error, Exception):
-            with suppress(TransportError):
-                header = Header(operation=call.operation, sequence=call.sequence)
+            header = Header(operation=call.operation, sequence=call.sequence)
+            try:
                 self.transport.refuse(call, header, f"{type(error).__name__}: {error}")
-        elif (attempt.open or not attempt.entered) and not isinstance(error, _AGREED):
+            except TransportError as lost:
+                self._failure = lost
+        elif (attempt.open or not attempt.entered) and not isinstance(error, _IN_STEP):
             told = f"{call} was abandoned: {type(error).__name__}: {error}"
             self._failure = error if isinstance(error, TransportError) else TransportError(told)
             self.transport.fail(call, error)
 
-    def refuse(self, operation: Operation, error: Exception) -> NoReturn:
-        """Raise `error`, found in this rank's arguments, and tell the peers not to wait."""
-        with self.call(operation):
-            raise error
+    @contextmanager
+    def checking(self, operation: Operation) -> Iterator[None]:
+        """Check the arguments of a call before it: the peers hear of an error and need not wait."""
+        try:
+            yield
+        except Exception as error:
+            with self.call(operation):
+                raise error  # noqa: TRY201 - it leaves through the call, which tells the peers
 
     def settle_in(self) -> None:
         """All ranks are here: from now on every wait has the steady deadline."""
@@ -138,8 +143,9 @@ class Session:
             raise self._failure
 
     def close(self) -> None:
-        """Give up the transport's memory. Local and idempotent."""
-        if not self.closed:
-            self.closed = True
-            self._failure = self._failure or TransportError("this buffer was destroyed")
-            self.transport.close()
+        """Give up the transport's memory, after a call of another thread. Local and idempotent."""
+        with self._lock:
+            if not self.closed:
+                self.closed = True
+                self._failure = TransportError("this buffer was destroyed")
+                self.transport.close()
