@@ -17,6 +17,7 @@ from crossdock.errors import (
     PeerTimeoutError,
     RankMismatchError,
     ShapeError,
+    StoreLostError,
     TransportError,
     UnsupportedError,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "PeerTimeoutError",
     "RankMismatchError",
     "ShapeError",
+    "StoreLostError",
     "TransportError",
     "UnsupportedError",
     "__version__",

@@ -8,6 +8,7 @@
     ├─ TransportError (RuntimeError)       the exchange itself failed
     │   ├─ PeerTimeoutError (TimeoutError) a rank did not come; names which, where and how long
     │   ├─ PeerRefusedError                a rank would not take part in a call; names it and why
+    │   ├─ StoreLostError                  the store of the process group does not answer
     │   └─ BufferTooSmallError             a limit on memory was exceeded; says by how much
     ├─ HandleError (RuntimeError)          a handle is stale, foreign or of the wrong mode
     └─ MissingDependencyError (ImportError)  an optional package is missing; gives the command
@@ -30,6 +31,7 @@ __all__ = [
     "PeerTimeoutError",
     "RankMismatchError",
     "ShapeError",
+    "StoreLostError",
     "TransportError",
     "UnsupportedError",
 ]
@@ -163,6 +165,10 @@ class PeerRefusedError(TransportError):
         self.operation = operation
         self.reason = reason
         super().__init__(f"rank {rank} refused {operation}: {reason}")
+
+
+class StoreLostError(TransportError):
+    """The store of the process group does not answer: its host is gone, or cannot be reached."""
 
 
 class BufferTooSmallError(TransportError):

@@ -1,22 +1,27 @@
 """Rows moved with `torch.distributed`: any device, any backend, any number of hosts.
 
 Shares travel by all-gather, rows by `all_to_all_single` with splits that every rank knows. Each
-rank notes in the group's store which step it has entered; when a wait ends without the others, the
-notes tell who is missing. A process group whose collective was abandoned cannot be used again.
+rank notes in the group's store where it stands, and a rank that gives up says so there. Waits are
+cut into slices, and between them a rank looks whether anybody is in trouble: then it answers that
+it is alive, so that whoever does not answer is known. A process group whose collective was
+abandoned cannot be used again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
+from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 
 from crossdock import ops
-from crossdock.errors import PeerTimeoutError, TransportError
+from crossdock.errors import PeerTimeoutError, StoreLostError, TransportError
 from crossdock.topology import Topology
 from crossdock.transports.base import (
     Call,
@@ -26,13 +31,26 @@ from crossdock.transports.base import (
     Shipment,
     check_agreement,
 )
+from crossdock.transports.notes import UNUSABLE_GROUP, Notes
 
 __all__ = ["Collective"]
 
-_FOREVER = timedelta(days=365)
+_SLICE_S = 0.1
+_SHORTEST_S = 0.001
 _GRACE_S = 0.6
 _POLL_S = 0.05
 _DEVICE_POLL_S = 0.00002
+
+_Arrival = Callable[[float], bool]
+"""Waits at most so many seconds for a collective; says whether it is through."""
+
+
+class _Wait(NamedTuple):
+    """One wait for the other ranks."""
+
+    call: Call
+    phase: str
+    deadline: Deadline
 
 
 class Collective:
@@ -49,9 +67,10 @@ class Collective:
     def __init__(self, topology: Topology, group: dist.ProcessGroup) -> None:
         self._rank, self._num_ranks = topology.rank, topology.num_ranks
         self._group = group
-        self._device = torch.device("cuda" if "nccl" in dist.get_backend(group) else "cpu")
+        self._device = torch.device("cuda" if topology.uses_cuda else "cpu")
         made = topology.allgather(time.time_ns())
-        self._store = PrefixStore(f"crossdock/{made[0]}", group.get_group_store())
+        store = PrefixStore(f"crossdock/{made[0]}", group.get_group_store())
+        self._notes = Notes(store, rank=self._rank, num_ranks=self._num_ranks)
 
     def route(self, call: Call, header: Header, share: torch.Tensor) -> Routed:
         """See `Transport.route`."""
@@ -73,7 +92,8 @@ class Collective:
             landed = torch.empty(
                 (sum(in_splits), plane.shape[1]), dtype=plane.dtype, device=self._device
             )
-            work = dist.all_to_all_single(
+            start = partial(
+                dist.all_to_all_single,
                 _bytes_of(landed),
                 _bytes_of(ready),
                 in_splits,
@@ -81,8 +101,9 @@ class Collective:
                 group=self._group,
                 async_op=True,
             )
-            self._wait(work, call, "land")
+            self._carry(start, call, "land")
             received.append(landed.to(plane.device))
+        self._notes.leave(call)
         return received
 
     def refuse(self, call: Call, header: Header, reason: str) -> None:
@@ -91,8 +112,10 @@ class Collective:
         self._round(call, header._replace(refused=1, share_bytes=text.numel()), text)
 
     def fail(self, call: Call, error: BaseException) -> None:
-        """See `Transport.fail`."""
-        self._store.set(f"failed/{call.sequence}/{self._rank}", type(error).__name__)
+        """See `Transport.fail`. Without a store there is no way to tell, and no use in trying."""
+        missing = error.missing if isinstance(error, PeerTimeoutError) else []
+        with contextlib.suppress(StoreLostError):
+            self._notes.give_up(f"{type(error).__name__}: {error}", missing)
 
     def memory(self) -> Mapping[str, int]:
         """See `Transport.memory`: nothing is held between calls."""
@@ -107,7 +130,7 @@ class Collective:
 
     def _round(self, call: Call, header: Header, share: torch.Tensor) -> Routed:
         """All-gather headers, then shares padded to the longest."""
-        self._store.set(f"at/{self._rank}", f"{call.sequence} {header}")
+        self._notes.enter(call, header)
         words = torch.tensor(header, dtype=torch.int64, device=self._device)
         headers = [Header(*told.tolist()) for told in self._all_gather(call, "route", words)]
         padded = torch.zeros(
@@ -122,77 +145,157 @@ class Collective:
 
     def _all_gather(self, call: Call, phase: str, mine: torch.Tensor) -> list[torch.Tensor]:
         everyone = [torch.empty_like(mine) for _ in range(self._num_ranks)]
-        work = dist.all_gather(everyone, mine, group=self._group, async_op=True)
-        self._wait(work, call, phase)
+        start = partial(dist.all_gather, everyone, mine, group=self._group, async_op=True)
+        self._carry(start, call, phase)
         return everyone
 
-    def _wait(self, work: dist.Work, call: Call, phase: str) -> None:
-        """Wait for a collective; where it ends without some ranks, find out which."""
-        deadline = Deadline(call.timeout_s)
+    def _carry(self, start: Callable[[], dist.Work | None], call: Call, phase: str) -> None:
+        """Run a collective to its end; where it breaks or takes too long, say because of whom."""
+        wait = _Wait(call, phase, Deadline(call.timeout_s))
         try:
-            if self._device.type == "cuda":
-                work.wait()
-                _wait_for_device(deadline)
-            else:
-                work.wait(timedelta(seconds=call.timeout_s) if call.timeout_s else _FOREVER)
+            self._await(start(), wait)
+        except TransportError:
+            raise
         except RuntimeError as error:
-            raise self._diagnose(call, phase, error, waited_s=deadline.waited_s) from error
+            raise self._diagnose(wait, error) from error
 
-    def _diagnose(
-        self, call: Call, phase: str, error: RuntimeError, *, waited_s: float
-    ) -> TransportError:
-        """Name the ranks that never entered the call, or else those that do not give up with us."""
+    def _await(self, work: dist.Work | None, wait: _Wait) -> None:
+        """Wait in slices, with an eye on the other ranks.
+
+        Raises:
+            RuntimeError: the collective broke, or is not through at the deadline.
+            TransportError: a peer gave up.
+        """
+        arrived = self._watch(work)
+        while not arrived(_slice_of(wait.deadline)):
+            self._heed(wait)
+            if wait.deadline.passed:
+                raise RuntimeError("the deadline has passed")
+
+    def _watch(self, work: dist.Work | None) -> _Arrival:
+        if work is None:
+            return lambda longest_s: True
+        if self._device.type != "cuda":
+            return partial(_wait_for_work, work)
+        work.wait()
+        here = torch.cuda.Event()
+        here.record()
+        return partial(_wait_for_device, here)
+
+    def _heed(self, wait: _Wait) -> None:
+        """Answer an alarm, and give up where a peer has.
+
+        Raises:
+            PeerTimeoutError: a peer gave up because of others than this rank.
+            TransportError: a peer gave up for another reason.
+        """
+        if not self._notes.alarmed():
+            return
+        self._notes.answer()
+        for peer, text, missing in self._notes.failures():
+            if missing and self._rank not in missing:
+                raise self._timeout(missing, wait, note=f"Reported by rank {peer}.")
+            raise TransportError(f"rank {peer} gave up while this rank was in {wait.call}: {text}")
+
+    def _diagnose(self, wait: _Wait, error: RuntimeError) -> TransportError:
+        """What to raise after a wait that ended without the others."""
         try:
-            self._store.set(f"failed/{call.sequence}/{self._rank}", "timeout")
-            entered = self._entered()
-            missing = [rank for rank, (at, _) in entered.items() if at < call.sequence]
-            missing = missing or self._silent(call)
-        except (RuntimeError, ValueError) as lost:
-            return TransportError(f"{call}: {error}; the store does not answer either: {lost}")
-        if not missing:
-            return TransportError(f"{call} failed in phase '{phase}' on all ranks: {error}")
-        return PeerTimeoutError(
-            missing,
-            operation=str(call.operation),
-            epoch=call.sequence,
-            phase=phase,
-            waited_s=waited_s,
-            peers={rank: text for rank, (_, text) in entered.items() if rank != self._rank},
-            note="The process group cannot be used any more: make a new one.",
-        )
+            self._notes.raise_alarm()
+            silent = self._call_the_roll(wait)
+            missing = self._behind(wait, silent)
+            if missing:
+                return self._timeout(missing, wait, note=UNUSABLE_GROUP)
+        except StoreLostError as lost:
+            return self._diagnose_alone(wait, lost)
+        heard = f"ranks {silent} do not answer" if silent else "all ranks answer"
+        where = f"{wait.call} failed in phase '{wait.phase}'"
+        return TransportError(f"{where}: {error}; {heard}. {UNUSABLE_GROUP}")
 
-    def _entered(self) -> dict[int, tuple[int, str]]:
-        """The last call that each rank has entered, as a number (0 for none) and in words."""
-        entered = {}
-        for rank in range(self._num_ranks):
-            key = f"at/{rank}"
-            noted = self._store.get(key).decode() if self._store.check([key]) else f"0 {Header()}"
-            number, text = noted.split(" ", 1)
-            entered[rank] = (int(number), text)
-        return entered
+    def _call_the_roll(self, wait: _Wait) -> list[int]:
+        """The ranks that do not answer.
 
-    def _silent(self, call: Call) -> list[int]:
-        """Ranks that do not say within a moment that they gave the same call up."""
-        silent = list(range(self._num_ranks))
+        A broken connection does not tell whose it was, and who does not answer may be on the way:
+        this waits until all but one have answered, or else for the deadline.
+        """
         grace = Deadline(_GRACE_S)
-        while silent and not grace.passed:
+        while True:
+            self._heed(wait)
+            silent = self._notes.silent()
+            if self._is_settled(wait, silent, grace=grace):
+                return silent
             time.sleep(_POLL_S)
-            silent = [r for r in silent if not self._store.check([f"failed/{call.sequence}/{r}"])]
-        return silent
+
+    def _is_settled(self, wait: _Wait, silent: list[int], *, grace: Deadline) -> bool:
+        if len(silent) > 1 and wait.call.timeout_s and not wait.deadline.passed:
+            return False
+        entered = self._notes.entered()
+        return grace.passed or not any(entered[r][0] >= wait.call.sequence for r in silent)
+
+    def _behind(self, wait: _Wait, silent: list[int]) -> list[int]:
+        """Those who are to blame: who is through with the call is not while another can be.
+
+        Without a deadline nobody is late, and of several nobody can be named.
+        """
+        if len(silent) > 1 and not wait.call.timeout_s:
+            return []
+        number, entered = wait.call.sequence, self._notes.entered()
+        reached = [rank for rank in silent if entered[rank][0] <= number]
+        unfinished = [rank for rank in reached if self._notes.left(rank) < number]
+        return unfinished or reached
+
+    def _diagnose_alone(self, wait: _Wait, lost: StoreLostError) -> TransportError:
+        """Without the store: of two ranks it is the other, of more it cannot be told."""
+        if self._num_ranks > 2:
+            return lost
+        other = 1 - self._rank
+        heard = {other: "unknown, the store of the process group is lost, too"}
+        return _timeout_error([other], wait, heard=heard, note=UNUSABLE_GROUP)
+
+    def _timeout(self, missing: list[int], wait: _Wait, *, note: str) -> PeerTimeoutError:
+        entered = self._notes.entered()
+        heard = {rank: text for rank, (_, text) in entered.items() if rank != self._rank}
+        return _timeout_error(missing, wait, heard=heard, note=note)
 
 
-def _wait_for_device(deadline: Deadline) -> None:
-    """Wait until the current stream has got here, looking at the clock.
+def _timeout_error(
+    missing: list[int], wait: _Wait, *, heard: Mapping[int, str], note: str
+) -> PeerTimeoutError:
+    return PeerTimeoutError(
+        missing,
+        operation=str(wait.call.operation),
+        epoch=wait.call.sequence,
+        phase=wait.phase,
+        waited_s=wait.deadline.waited_s,
+        peers=heard,
+        note=note,
+    )
 
-    Raises:
-        RuntimeError: it has not before the deadline.
-    """
-    here = torch.cuda.Event()
-    here.record()
+
+def _slice_of(deadline: Deadline) -> float:
+    """How long to wait before the next look around; never 0, which torch takes for ever."""
+    left_s = deadline.remaining_s
+    return _SLICE_S if left_s is None else min(max(left_s, _SHORTEST_S), _SLICE_S)
+
+
+def _wait_for_work(work: dist.Work, longest_s: float) -> bool:
+    """Whether it is through after so long a wait, which leaves it running if not."""
+    try:
+        work.wait(timedelta(seconds=longest_s))
+    except RuntimeError:
+        if not work.is_completed():
+            return False
+        work.wait()
+    return True
+
+
+def _wait_for_device(here: torch.cuda.Event, longest_s: float) -> bool:
+    """Whether the stream has got here after so long a wait."""
+    slice_end = Deadline(longest_s)
     while not here.query():
-        if deadline.passed:
-            raise RuntimeError("the device did not finish in time")
+        if slice_end.passed:
+            return False
         time.sleep(_DEVICE_POLL_S)
+    return True
 
 
 def _gather_rows(

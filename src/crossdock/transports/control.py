@@ -143,19 +143,22 @@ class Control:
                 if backoff.pause():
                     self._beat()
         finally:
-            self._beat(over=True)
+            if self._beaten:
+                self._show_waiting(0)
 
-    def _beat(self, *, over: bool = False) -> None:
-        """Show the peers that this rank is itself waiting, or no longer is.
+    def _beat(self) -> None:
+        """Show the peers now and then that this rank is itself waiting.
 
         The clock is the host's, the same for all ranks; a beat that is old is a dead rank's.
         """
-        now = 0 if over else time.monotonic_ns()
-        if now - self._beaten < _BEAT_NS and not (over and self._beaten):
-            return
-        self._beaten = now
+        now = time.monotonic_ns()
+        if now - self._beaten >= _BEAT_NS:
+            self._show_waiting(now)
+
+    def _show_waiting(self, since: int) -> None:
+        self._beaten = since
         for words in self._theirs:
-            words[self._at(self._rank, _WAITING)] = now
+            words[self._at(self._rank, _WAITING)] = since
 
     def _not_waiting(self, ranks: Sequence[int]) -> list[int]:
         """Those that are not themselves waiting for somebody else."""
