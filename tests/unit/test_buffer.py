@@ -112,6 +112,21 @@ def test_results_stay_while_somebody_holds_them() -> None:
     assert all(run_threads(3, run))
 
 
+def test_more_results_than_zones_are_alive_without_growth() -> None:
+    """The last free zone is never lent: then results are copied out of it."""
+
+    def run(comm: Any) -> bool:
+        buffer = make(comm)
+        held = []
+        for seed in range(9):
+            recv_x = dispatch(buffer, rows(buffer, 16) + seed, seed)[0]
+            held.append((recv_x, recv_x.clone()))
+            assert round_trip_is_right(buffer, 16, seed)
+        return all(torch.equal(now, then) for now, then in held)
+
+    assert all(run_threads(2, run))
+
+
 def test_a_zone_is_lent_and_comes_back() -> None:
     def run(comm: Any) -> tuple[set[int], int]:
         buffer = make(comm, max_tokens_per_rank=64)
