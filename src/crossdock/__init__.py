@@ -22,11 +22,25 @@ from crossdock.errors import (
     UnsupportedError,
 )
 from crossdock.events import EventHandle, EventOverlap
-from crossdock.handle import Handle
+from crossdock.formats import (
+    BF16,
+    FP8_BLOCK128,
+    FP8_ROUND_SCALE,
+    FP8_UE8M0,
+    INT8_ROW,
+    ScaleRule,
+    TokenFormat,
+)
+from crossdock.handle import Handle, LowLatencyHandle
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BF16",
+    "FP8_BLOCK128",
+    "FP8_ROUND_SCALE",
+    "FP8_UE8M0",
+    "INT8_ROW",
     "Buffer",
     "BufferTooSmallError",
     "Config",
@@ -36,12 +50,15 @@ __all__ = [
     "EventOverlap",
     "Handle",
     "HandleError",
+    "LowLatencyHandle",
     "MissingDependencyError",
     "PeerRefusedError",
     "PeerTimeoutError",
     "RankMismatchError",
+    "ScaleRule",
     "ShapeError",
     "StoreLostError",
+    "TokenFormat",
     "TransportError",
     "UnsupportedError",
     "__version__",

@@ -8,18 +8,37 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 
 from crossdock import _env
-from crossdock.codec import Tokens, token_format
-from crossdock.errors import ConfigError, RankMismatchError, ShapeError, UnsupportedError
-from crossdock.handle import Handle
-from crossdock.routing import RoutingShare, check_expert_ids
+from crossdock.codec import Tokens, row_format
+from crossdock.errors import ConfigError, RankMismatchError, ShapeError
+from crossdock.formats import (
+    BF16,
+    FP8_BLOCK128,
+    FP8_ROUND_SCALE,
+    FP8_UE8M0,
+    INT8_ROW,
+    TokenFormat,
+)
+from crossdock.handle import Handle, LowLatencyHandle
+from crossdock.routing import RoutingShare, Selection, check_expert_ids
 from crossdock.topology import Topology, num_local_experts
 from crossdock.transports.session import Timeouts
 
-__all__ = ["BufferArguments", "DispatchArguments", "check_tensor", "checked_bias"]
+__all__ = [
+    "BufferArguments",
+    "DispatchArguments",
+    "LowLatencyOptions",
+    "add_waits",
+    "check_tensor",
+    "checked_bias",
+    "checked_expert_rows",
+    "checked_selection",
+    "checked_wait_stats",
+]
 
 _COMBINED = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -67,7 +86,7 @@ class DispatchArguments:
             ShapeError: a tensor has the wrong shape or dtype, or is missing.
             ConfigError: arguments that do not go together.
         """
-        token_format(x)
+        row_format(x)
         num_tokens = (x[0] if isinstance(x, tuple) else x).shape[0]
         in_rank = check_tensor(
             "is_token_in_rank",
@@ -146,16 +165,138 @@ def checked_bias(
     return [term.detach() for term in terms]
 
 
+def checked_selection(
+    topk_idx: torch.Tensor,
+    topk_weights: torch.Tensor | None,
+    *,
+    num_tokens: int,
+    num_slots: int,
+    num_experts: int,
+    num_ranks: int,
+) -> Selection:
+    """What a rank tells the others in a low-latency call.
+
+    Raises:
+        ShapeError: a tensor has the wrong shape or dtype, there are more tokens than slots, or the
+            experts do not divide over the ranks.
+    """
+    num_local_experts(num_experts, num_ranks)
+    check_tensor("topk_idx", topk_idx, dtype=torch.int64, shape=(num_tokens, None))
+    if num_slots < max(num_tokens, 1):
+        expected = f"at least {max(num_tokens, 1)}, the number of tokens"
+        raise ShapeError("num_max_dispatch_tokens_per_rank", got=num_slots, expected=expected)
+    check_expert_ids(topk_idx, num_experts)
+    if topk_weights is None:
+        return Selection(topk_idx.int())
+    shape = (num_tokens, topk_idx.shape[1])
+    check_tensor("topk_weights", topk_weights, dtype=torch.float32, shape=shape)
+    return Selection(topk_idx.int(), topk_weights.detach().clone())
+
+
+def checked_expert_rows(x: torch.Tensor, handle: LowLatencyHandle) -> torch.Tensor:
+    """The rows that experts return, in slabs or compact.
+
+    Raises:
+        ShapeError: they are not bf16, or do not fit the handle.
+    """
+    experts_here, num_ranks = handle.layout_range.shape
+    slab = (experts_here, num_ranks * handle.num_slots, handle.hidden)
+    if x.dim() == 3:
+        return check_tensor("x", x.detach(), dtype=torch.bfloat16, shape=slab)
+    rows = check_tensor("x", x.detach(), dtype=torch.bfloat16, shape=(None, handle.hidden))
+    if rows.device.type == "cpu":
+        needed = int(handle.packed_recv_count.sum())
+        if rows.shape[0] < needed:
+            got = f"{rows.shape[0]} rows"
+            raise ShapeError("x", got=got, expected=f"{needed} rows or more, as were received")
+    return rows
+
+
+def checked_wait_stats(
+    name: str, stats: torch.Tensor | None, *, rank: int, num_ranks: int
+) -> torch.Tensor | None:
+    """Where the waits of this rank are counted: all of [R], or its row of [R, R].
+
+    Raises:
+        ShapeError: not int64, or of another shape.
+    """
+    if stats is None:
+        return None
+    shape = (num_ranks,) if stats.dim() == 1 else (num_ranks, num_ranks)
+    check_tensor(name, stats, dtype=torch.int64, shape=shape)
+    return stats if stats.dim() == 1 else stats[rank]
+
+
+def add_waits(stats: torch.Tensor | None, waited_us: Sequence[int]) -> None:
+    """Add what this rank waited for each source, in microseconds, where it is counted."""
+    if stats is not None:
+        stats += torch.tensor(list(waited_us), dtype=torch.int64, device=stats.device)
+
+
+@dataclass(frozen=True)
+class LowLatencyOptions:
+    """What a buffer was told of its low-latency calls, as it came.
+
+    Attributes:
+        form: "fp8", "int8", "bf16" or a format record: what `use_fp8=True` means.
+        rows: "slab" or "compact".
+        partials: "bf16" or "fp32", dtype of the sums that travel back.
+    """
+
+    form: str | TokenFormat = "fp8"
+    rows: str = "slab"
+    partials: str = "bf16"
+
+    def check(self) -> None:
+        """Raise `ConfigError` unless all are known."""
+        choices = (
+            ("low_latency_format", self.form, tuple(_FORMATS)),
+            ("low_latency_rows", self.rows, ("slab", "compact")),
+            ("partials", self.partials, tuple(_PARTIALS)),
+        )
+        for name, value, known in choices:
+            if not isinstance(value, TokenFormat) and value not in known:
+                raise ConfigError(f"{name} is {value!r}, must be one of {', '.join(known)}")
+
+    @property
+    def partials_dtype(self) -> torch.dtype:
+        """Dtype of the sums that travel back."""
+        return _PARTIALS[self.partials]
+
+    def chosen(self, *, use_fp8: bool, round_scale: bool, use_ue8m0: bool) -> TokenFormat:
+        """The format of a call.
+
+        Raises:
+            ConfigError: switches that do not go together, or with the buffer's format.
+        """
+        if use_ue8m0 and not round_scale:
+            raise ConfigError("use_ue8m0 needs round_scale=True: its scales are powers of two")
+        form = self.form if isinstance(self.form, TokenFormat) else _FORMATS[self.form]
+        if not use_fp8:
+            form = BF16
+        if not round_scale:
+            return form
+        if form is not FP8_BLOCK128:
+            raise ConfigError(f"round_scale and use_ue8m0 are of fp8, the format is {form.name}")
+        return FP8_UE8M0 if use_ue8m0 else FP8_ROUND_SCALE
+
+
+_FORMATS = MappingProxyType({"fp8": FP8_BLOCK128, "int8": INT8_ROW, "bf16": BF16})
+_PARTIALS = MappingProxyType({"bf16": torch.bfloat16, "fp32": torch.float32})
+
+
 @dataclass(frozen=True, kw_only=True)
 class BufferArguments:
     """The arguments of a buffer, as they came; the ranks must agree on all but the timeouts."""
 
     num_nvl_bytes: int
+    num_rdma_bytes: int
     max_tokens_per_rank: int
     max_buffer_bytes: int
     transport: str | None
     low_latency_mode: bool
     enable_shrink: bool
+    low_latency: LowLatencyOptions
     timeout_s: float | None
     first_call_timeout_s: float | None
 
@@ -180,6 +321,11 @@ class BufferArguments:
             if text:
                 raise ConfigError(f"rank {rank} cannot make its buffer: {text}")
 
+    @property
+    def landing_bytes(self) -> int:
+        """What low-latency calls start with. Other buffers reserve nothing for other hosts."""
+        return self.num_rdma_bytes if self.low_latency_mode else 0
+
     def timeouts(self) -> Timeouts:
         """The deadlines: the arguments, or else the environment.
 
@@ -203,17 +349,16 @@ class BufferArguments:
 
     def _error(self) -> ConfigError | None:
         """What is wrong with this rank's arguments, if anything."""
-        for name in ("low_latency_mode", "enable_shrink"):
-            if getattr(self, name):
-                return UnsupportedError(f"{name} is not in this version")
-        for name in ("num_nvl_bytes", "max_tokens_per_rank", "max_buffer_bytes"):
+        sizes = ("num_nvl_bytes", "num_rdma_bytes", "max_tokens_per_rank", "max_buffer_bytes")
+        for name in sizes:
             if getattr(self, name) < 0:
                 return ShapeError(name, got=getattr(self, name), expected="0 or more")
-        if self.max_buffer_bytes and self.num_nvl_bytes > self.max_buffer_bytes:
-            sizes = f"{self.num_nvl_bytes} is more than max_buffer_bytes={self.max_buffer_bytes}"
-            return ConfigError(f"num_nvl_bytes={sizes}")
+        start, most = self.num_nvl_bytes + self.landing_bytes, self.max_buffer_bytes
+        if most and start > most:
+            return ConfigError(f"a start of {start} bytes is more than max_buffer_bytes={most}")
         try:
             self.timeouts()
+            self.low_latency.check()
         except ConfigError as error:
             return error
         return None

@@ -15,22 +15,31 @@ import torch
 import torch.distributed as dist
 
 from crossdock import _env
-from crossdock.arguments import BufferArguments, DispatchArguments, check_tensor, checked_bias
+from crossdock.arguments import (
+    BufferArguments,
+    DispatchArguments,
+    LowLatencyOptions,
+    add_waits,
+    check_tensor,
+    checked_bias,
+)
 from crossdock.codec import AnyTokens, Tokens
 from crossdock.config import Config
+from crossdock.decoding import DecodingCalls
 from crossdock.errors import (
     ConfigError,
     ShapeError,
     UnsupportedError,
 )
-from crossdock.events import EventHandle, EventOverlap
+from crossdock.events import EventHandle, EventOverlap, event_after
 from crossdock.exchange import Exchange
-from crossdock.formats import TokenFormat
+from crossdock.formats import RowFormat, TokenFormat
 from crossdock.handle import Handle
+from crossdock.low_latency import LowLatency
 from crossdock.routing import dispatch_layout
 from crossdock.topology import Communicator, Topology
 from crossdock.transports import Limits, select
-from crossdock.transports.base import Operation
+from crossdock.transports.header import Operation
 from crossdock.transports.session import Session
 
 __all__ = ["Buffer", "topk_idx_t"]
@@ -41,7 +50,7 @@ topk_idx_t = torch.int64
 _Event = EventOverlap | EventHandle | None
 
 
-class Buffer:
+class Buffer(DecodingCalls):
     """Dispatches MoE tokens to the ranks that own their experts, and combines what comes back.
 
     Args:
@@ -49,16 +58,25 @@ class Buffer:
             group if there is one, else a world of this rank alone.
         num_nvl_bytes: memory to start with, in bytes; see `Config.get_nvl_buffer_size_hint`. The
             buffer grows, on all ranks together, when calls need more.
-        num_rdma_bytes: accepted and kept; nothing is reserved between hosts.
-        low_latency_mode: not available in this version.
+        num_rdma_bytes: with `low_latency_mode`, memory for low-latency calls to start with; see
+            `get_low_latency_rdma_size_hint`. Otherwise accepted and kept.
+        low_latency_mode: says what `num_rdma_bytes` is for. Every buffer can make both kinds of
+            calls, in any order.
         num_qps_per_rank, allow_nvlink_for_low_latency_mode, allow_mnnvl, use_fabric: accepted;
             they concern hardware that is not used here.
         explicitly_destroy: accepted; `destroy()` may always be called, and need not be.
-        enable_shrink: not available in this version.
+        enable_shrink: low-latency calls go on without a rank that misses the deadline, or that the
+            caller masks. Only in shared memory.
         comm: mpi4py-like communicator (`Get_rank`, `Get_size`, `allgather`) in place of `group`.
         transport: name of the transport to use; None for the best that fits the group, which
             `CROSSDOCK_TRANSPORT` overrides.
         max_tokens_per_rank: tokens a rank to make room for in the first call already.
+        low_latency_format: what `use_fp8=True` means: "fp8", "int8" (as DeepEP-Ascend has it),
+            "bf16" or a `TokenFormat`.
+        low_latency_rows: "slab" for a slab of R * M rows to each expert, "compact" for the rows of
+            all experts back to back.
+        partials: "bf16" or "fp32", how a low-latency combine sends a rank's sum of a token back:
+            with "fp32" there is a single rounding, for twice the bytes.
         max_buffer_bytes: limit of the peer-addressable memory that a rank uses, in bytes; 0 for
             none. Memory that was outgrown lives on, beside it, while results in it are held.
         timeout_s: seconds a wait for peers may last; 0 for ever; None for `CROSSDOCK_TIMEOUT_S`.
@@ -103,17 +121,23 @@ class Buffer:
         transport: str | None = None,
         max_tokens_per_rank: int = 0,
         max_buffer_bytes: int = 0,
+        low_latency_format: str | TokenFormat = "fp8",
+        low_latency_rows: str = "slab",
+        partials: str = "bf16",
         timeout_s: float | None = None,
         first_call_timeout_s: float | None = None,
     ) -> None:
         topology = Topology.discover(group, comm)
+        options = LowLatencyOptions(low_latency_format, low_latency_rows, partials)
         given = BufferArguments(
             num_nvl_bytes=num_nvl_bytes,
+            num_rdma_bytes=num_rdma_bytes,
             max_tokens_per_rank=max_tokens_per_rank,
             max_buffer_bytes=max_buffer_bytes,
             transport=transport,
             low_latency_mode=low_latency_mode,
             enable_shrink=enable_shrink,
+            low_latency=options,
             timeout_s=timeout_s,
             first_call_timeout_s=first_call_timeout_s,
         )
@@ -123,11 +147,18 @@ class Buffer:
         self.num_nvl_bytes, self.num_rdma_bytes = num_nvl_bytes, num_rdma_bytes
         self.low_latency_mode, self.enable_shrink = low_latency_mode, enable_shrink
         self.explicitly_destroy = explicitly_destroy
-        limits = Limits(start_bytes=num_nvl_bytes, max_bytes=max_buffer_bytes)
+        limits = Limits(
+            zone_bytes=num_nvl_bytes,
+            landing_bytes=given.landing_bytes,
+            max_bytes=max_buffer_bytes,
+            can_shrink=enable_shrink,
+        )
         name = transport if transport is not None else _env.transport()
         self._session = Session(select(topology, limits, name=name), given.timeouts())
         self.transport = self._session.transport.name
         self._exchange = Exchange(topology, self._session, reserve_tokens=max_tokens_per_rank)
+        self._options = options
+        self._low_latency = LowLatency(topology, self._session, partials=options.partials_dtype)
 
     def get_dispatch_layout(
         self,
@@ -159,7 +190,7 @@ class Buffer:
         _wait_for(previous_event)
         check_tensor("topk_idx", topk_idx, dtype=topk_idx_t, shape=(None, None))
         found = dispatch_layout(topk_idx, num_experts, self.group_size)
-        event = _event(async_finish, topk_idx)
+        event = event_after(async_finish, topk_idx)
         per_rank, per_expert = found.num_tokens_per_rank, found.num_tokens_per_expert
         return per_rank, None, per_expert, found.is_token_in_rank, event
 
@@ -179,6 +210,8 @@ class Buffer:
         previous_event: _Event = None,
         async_finish: bool = False,
         allocate_on_comm_stream: bool = False,
+        *,
+        dispatch_wait_recv_cost_stats: torch.Tensor | None = None,
     ) -> tuple[
         AnyTokens,
         torch.Tensor | None,
@@ -208,6 +241,8 @@ class Buffer:
             previous_event: what to wait for first.
             async_finish: return an event instead of waiting.
             allocate_on_comm_stream: accepted; results belong to the current stream.
+            dispatch_wait_recv_cost_stats: [R] int64, or [R, R] with a row for each waiting rank;
+                the microseconds that this rank waited for each source are added; or None.
 
         Returns:
             `(recv_x, recv_topk_idx, recv_topk_weights, num_recv_tokens_per_expert_list, handle,
@@ -234,8 +269,11 @@ class Buffer:
         if handle is not None:
             with self._session.checking(Operation.CACHED_DISPATCH):
                 named = Handle.of(handle, num_ranks=self.group_size)
+                waits = self._waits("dispatch_wait_recv_cost_stats", dispatch_wait_recv_cost_stats)
             again = self._exchange.dispatch_again(x, named)
-            return again, None, None, None, None, _event(async_finish, x)
+            add_waits(waits, again.waited_us)
+            event = event_after(async_finish, *_parts(x))
+            return again.tokens, None, None, None, None, event
         given = DispatchArguments(
             is_token_in_rank,
             num_tokens_per_expert,
@@ -246,16 +284,18 @@ class Buffer:
         )
         with self._session.checking(Operation.DISPATCH):
             routing = given.checked(x, num_ranks=self.group_size)
+            waits = self._waits("dispatch_wait_recv_cost_stats", dispatch_wait_recv_cost_stats)
         done = self._exchange.dispatch(
             x, routing, alignment=expert_alignment, num_worst_tokens=num_worst_tokens
         )
+        add_waits(waits, done.waited_us)
         return (
             done.tokens,
             done.topk_idx,
             done.topk_weights,
             done.num_tokens_per_expert,
             done.handle,
-            _event(async_finish, x),
+            event_after(async_finish, *_parts(x)),
         )
 
     def combine(
@@ -268,6 +308,8 @@ class Buffer:
         previous_event: _Event = None,
         async_finish: bool = False,
         allocate_on_comm_stream: bool = False,
+        *,
+        combine_wait_recv_cost_stats: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, EventOverlap]:
         """Bring the rows back to their tokens and sum them over the ranks, unweighted.
 
@@ -281,6 +323,7 @@ class Buffer:
             previous_event: what to wait for first.
             async_finish: return an event instead of waiting.
             allocate_on_comm_stream: accepted; results belong to the current stream.
+            combine_wait_recv_cost_stats: as `dispatch_wait_recv_cost_stats` of dispatch.
 
         Returns:
             `(combined_x [T, H], combined_topk_weights [T, K] float32 or None, event)`. Sums are
@@ -296,8 +339,10 @@ class Buffer:
         with self._session.checking(Operation.COMBINE):
             named = Handle.of(handle, num_ranks=self.group_size)
             terms = checked_bias(x, named, topk_weights=topk_weights, bias=bias)
+            waits = self._waits("combine_wait_recv_cost_stats", combine_wait_recv_cost_stats)
         done = self._exchange.combine(x, named, topk_weights=topk_weights, bias=terms)
-        return done.rows, done.topk_weights, _event(async_finish, x)
+        add_waits(waits, done.waited_us)
+        return done.rows, done.topk_weights, event_after(async_finish, *_parts(x))
 
     def warmup(self, num_tokens: int, hidden: int, dtype: torch.dtype = torch.bfloat16) -> None:
         """Make room for calls of this size and wait until every rank is here.
@@ -313,7 +358,7 @@ class Buffer:
 
         Raises: as `dispatch`.
         """
-        self._exchange.warmup(TokenFormat(dtype, hidden), num_tokens)
+        self._exchange.warmup(RowFormat(dtype, hidden), num_tokens)
 
     def check(self) -> None:
         """Raise the error that made this buffer unusable, if there was one.
@@ -343,7 +388,8 @@ class Buffer:
     ) -> torch.Tensor:
         """The memory that rows land in, as a tensor. Signals and routing are not part of it.
 
-        Writing to it between calls is harmless, except to results that still lie in it.
+        Writing to it between calls is harmless, except to results that still lie in it and to
+        rows of low-latency calls in flight.
 
         Args:
             dtype: element of the view.
@@ -449,8 +495,5 @@ def _wait_for(previous: _Event) -> None:
         event.current_stream_wait()
 
 
-def _event(async_finish: bool, x: Tokens) -> EventOverlap:
-    """The event of an operation that read `x`; a synchronous one leaves nothing to wait for."""
-    if not async_finish:
-        return EventOverlap()
-    return EventOverlap(EventHandle(), x if isinstance(x, tuple) else (x,))
+def _parts(x: Tokens) -> tuple[torch.Tensor, ...]:
+    return x if isinstance(x, tuple) else (x,)

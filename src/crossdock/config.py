@@ -10,10 +10,13 @@ from dataclasses import dataclass
 
 from crossdock.errors import ConfigError
 
-__all__ = ["NUM_ZONES", "Config", "align"]
+__all__ = ["NUM_LANDING_ZONES", "NUM_ZONES", "Config", "align", "low_latency_size_hint"]
 
 NUM_ZONES = 4
-"""Equal zones a one-sided buffer is divided into: see `transports.one_sided`."""
+"""Equal zones of a one-sided buffer for packed rows: see `transports.zones`."""
+
+NUM_LANDING_ZONES = 4
+"""Equal zones for low-latency calls: two dispatches and two combines may be in flight."""
 
 _ROUTING_BYTES_PER_TOKEN = 256
 _SCALE_UP_LIMIT = 8
@@ -85,3 +88,17 @@ class Config:
             return 0
         domains = -(-num_ranks // _SCALE_UP_LIMIT)
         return align(2 * domains * self.num_max_rdma_chunked_recv_tokens * hidden_bytes, 4096)
+
+
+def low_latency_size_hint(num_slots: int, hidden: int, num_ranks: int) -> int:
+    """Bytes of a buffer for low-latency calls: every call in flight has a row for each token.
+
+    That is `4 * R * M * 2H` (bf16 rows come back), and a sixteenth of the whole for routing.
+
+    Args:
+        num_slots: M, tokens of a rank at most.
+        hidden: H.
+        num_ranks: R.
+    """
+    region = align(num_slots * 2 * hidden + 4096, 4096)
+    return align(NUM_LANDING_ZONES * num_ranks * region * 16 // 15 + 16, 4096)

@@ -12,7 +12,7 @@ from types import TracebackType
 
 import torch
 
-__all__ = ["EventHandle", "EventOverlap"]
+__all__ = ["EventHandle", "EventOverlap", "event_after"]
 
 
 class EventHandle:
@@ -87,3 +87,13 @@ class EventOverlap:
         trace: TracebackType | None,
     ) -> None:
         self.current_stream_wait()
+
+
+def event_after(async_finish: bool, *tensors: torch.Tensor) -> EventOverlap:
+    """The event of an operation that read `tensors`; a synchronous one leaves nothing to wait for.
+
+    Args:
+        async_finish: whether the caller will wait for it.
+        *tensors: kept alive until then.
+    """
+    return EventOverlap(EventHandle(), tensors) if async_finish else EventOverlap()

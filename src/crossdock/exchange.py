@@ -21,16 +21,17 @@ from typing import Generic
 import torch
 
 from crossdock import layouts, ops
-from crossdock.codec import AnyTokens, Tokens, join, split, token_format
+from crossdock.codec import AnyTokens, Tokens, join, row_format, split
 from crossdock.errors import HandleError, UnsupportedError
-from crossdock.formats import TokenFormat
+from crossdock.formats import RowFormat
 from crossdock.handle import Handle
 from crossdock.routing import RoutingShare, RoutingTable, ShareShape
 from crossdock.topology import Topology, num_local_experts
-from crossdock.transports.base import Header, Operation, Routed, Shipment
+from crossdock.transports.base import Routed, Shipment
+from crossdock.transports.header import Header, Operation
 from crossdock.transports.session import Attempt, Session
 
-__all__ = ["Combined", "Dispatched", "Exchange"]
+__all__ = ["Combined", "Dispatched", "DispatchedAgain", "Exchange"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Dispatched(Generic[AnyTokens]):
         topk_weights: [N, K] float32, 0 where the slot is another rank's; or None.
         num_tokens_per_expert: rows per local expert; empty when rows were padded.
         handle: for combine and for cached dispatches.
+        waited_us: how long this rank waited for each.
     """
 
     tokens: AnyTokens
@@ -50,14 +52,30 @@ class Dispatched(Generic[AnyTokens]):
     topk_weights: torch.Tensor | None
     num_tokens_per_expert: list[int]
     handle: Handle
+    waited_us: Sequence[int]
+
+
+@dataclass(frozen=True)
+class DispatchedAgain(Generic[AnyTokens]):
+    """What a cached dispatch brings: received rows, and how long this rank waited for each."""
+
+    tokens: AnyTokens
+    waited_us: Sequence[int]
 
 
 @dataclass(frozen=True)
 class Combined:
-    """What a combine brings: rows [T, H] and, if they were given, weights [T, K] float32."""
+    """What a combine brings.
+
+    Attributes:
+        rows: [T, H].
+        topk_weights: [T, K] float32, if there were some.
+        waited_us: how long this rank waited for each.
+    """
 
     rows: torch.Tensor
     topk_weights: torch.Tensor | None
+    waited_us: Sequence[int]
 
 
 class Exchange:
@@ -100,14 +118,16 @@ class Exchange:
         num_experts = routing.num_tokens_per_expert.shape[0]
         experts_here = num_local_experts(num_experts, self._num_ranks)
         with self._session.call(Operation.DISPATCH) as attempt:
-            form, planes, share = token_format(x), self._planes(x), routing.to_bytes()
+            form, planes, share = row_format(x), self._planes(x), routing.to_bytes()
             header = _dispatch_header(attempt, form, routing)._replace(share_bytes=share.numel())
             header = self._with_room(header, form, num_rows=num_worst_tokens)
-            table = _table(attempt.route(header, share), routing, planes[0].device)
+            routed = attempt.route(header, share)
+            table = _table(routed, routing, planes[0].device)
             layout = layouts.rank_major(table, self._rank)
             counts = layouts.counts_of_prefix(layout.rank_prefix_matrix)
             sends = layouts.send_tokens(routing.is_token_in_rank)
-            rows = attempt.move(Shipment(planes, sends, counts), keep=not num_worst_tokens)
+            landed = attempt.move(Shipment(planes, sends, counts), keep=not num_worst_tokens)
+            rows = landed.packed
             if num_worst_tokens:
                 rows = [ops.place(plane, num_worst_tokens) for plane in rows]
             num_rows = rows[0].shape[0]
@@ -123,9 +143,10 @@ class Exchange:
                 mine.topk_weights,
                 [] if num_worst_tokens else per_expert,
                 self._handle(layout, routing.is_token_in_rank, num_rows=num_rows),
+                landed.waited_after(routed),
             )
 
-    def dispatch_again(self, x: AnyTokens, handle: Handle) -> AnyTokens:
+    def dispatch_again(self, x: AnyTokens, handle: Handle) -> DispatchedAgain[AnyTokens]:
         """Send other rows the way an earlier dispatch went; routing is not exchanged again.
 
         Args:
@@ -138,16 +159,17 @@ class Exchange:
             HandleError: the handle is of another number of tokens, or of another rank.
         """
         with self._session.call(Operation.CACHED_DISPATCH) as attempt:
-            form, planes = token_format(x), self._planes(x)
+            form, planes = row_format(x), self._planes(x)
             counts = self._checked_counts(handle, planes[0].shape[0])
             header = attempt.header(form, num_tokens=handle.num_tokens, checksum=_checksum(counts))
-            attempt.route(self._with_room(header, form, num_rows=handle.num_recv_rows))
+            routed = attempt.route(self._with_room(header, form, num_rows=handle.num_recv_rows))
             exact = sum(row[self._rank] for row in counts) == handle.num_recv_rows
             sends = layouts.send_tokens(handle.is_token_in_rank)
-            rows = attempt.move(Shipment(planes, sends, counts), keep=exact)
+            landed = attempt.move(Shipment(planes, sends, counts), keep=exact)
+            rows = landed.packed
             if not exact:
                 rows = [ops.place(plane, handle.num_recv_rows) for plane in rows]
-            return join(rows, x)
+            return DispatchedAgain(join(rows, x), landed.waited_after(routed))
 
     def combine(
         self,
@@ -178,19 +200,22 @@ class Exchange:
                     f"x has {planes[0].shape[0]} rows, the handle {handle.num_recv_rows}"
                 )
             header = _combine_header(attempt, planes, handle)._replace(checksum=_checksum(counts))
-            headers = attempt.route(header).headers
-            kept = layouts.surviving_counts(counts, [header.num_rows for header in headers])
-            sends = _consecutive([row[self._rank] for row in kept])
+            routed = attempt.route(header)
+            brought = [told.num_rows for told in routed.headers]
+            kept = layouts.surviving_counts(counts, brought)
+            sends = layouts.consecutive([row[self._rank] for row in kept])
             shipment = Shipment(planes, sends, layouts.transpose(kept))
-            rows = attempt.move(shipment, keep=False)
+            landed = attempt.move(shipment, keep=False)
+            rows = landed.packed
             plan = layouts.reduce_plan(handle.send_head, kept[self._rank])
             sums = [
                 ops.reduce(plane, plan.row_splits, plan.slots, bias=terms)
                 for plane, terms in zip(rows, (bias, ()), strict=False)
             ]
-            return Combined(sums[0], sums[1] if len(sums) > 1 else None)
+            weights = sums[1] if len(sums) > 1 else None
+            return Combined(sums[0], weights, landed.waited_after(routed))
 
-    def warmup(self, form: TokenFormat, num_tokens: int) -> None:
+    def warmup(self, form: RowFormat, num_tokens: int) -> None:
         """Make room for calls of this size, and wait until all ranks are here.
 
         Later calls have the steady deadline from their first use on.
@@ -225,7 +250,7 @@ class Exchange:
             raise UnsupportedError(f"the {name} transport moves {able} tensors, x is on {device}")
         return planes
 
-    def _with_room(self, header: Header, form: TokenFormat, *, num_rows: int) -> Header:
+    def _with_room(self, header: Header, form: RowFormat, *, num_rows: int) -> Header:
         """The header with what the transport must make room for: this call and its combine."""
         back = form.hidden * max(2, min(form.element.itemsize, 4)) + header.num_topk * 4
         return header._replace(
@@ -246,7 +271,7 @@ class Exchange:
         return counts
 
 
-def _dispatch_header(attempt: Attempt, form: TokenFormat, routing: RoutingShare) -> Header:
+def _dispatch_header(attempt: Attempt, form: RowFormat, routing: RoutingShare) -> Header:
     topk_idx, weights = routing.topk_idx, routing.topk_weights
     return attempt.header(
         form,
@@ -259,7 +284,7 @@ def _dispatch_header(attempt: Attempt, form: TokenFormat, routing: RoutingShare)
 
 def _combine_header(attempt: Attempt, planes: Sequence[torch.Tensor], handle: Handle) -> Header:
     return attempt.header(
-        token_format(planes[0]),
+        row_format(planes[0]),
         num_tokens=handle.num_tokens,
         num_rows=planes[0].shape[0],
         num_topk=planes[1].shape[1] if len(planes) > 1 else 0,
@@ -284,15 +309,6 @@ def _table(routed: Routed, routing: RoutingShare, device: torch.device) -> Routi
         for header, raw in zip(routed.headers, routed.shares, strict=True)
     ]
     return RoutingTable.from_shares(shares)
-
-
-def _consecutive(lengths: Sequence[int]) -> list[slice]:
-    """Slices of these lengths, one behind the other."""
-    slices, begin = [], 0
-    for length in lengths:
-        slices.append(slice(begin, begin + length))
-        begin += length
-    return slices
 
 
 def _checksum(counts: layouts.Counts) -> int:

@@ -11,9 +11,10 @@ from typing import NamedTuple
 
 import torch
 
-from crossdock.errors import HandleError
+from crossdock.errors import HandleError, ShapeError
+from crossdock.topology import num_local_experts
 
-__all__ = ["Handle"]
+__all__ = ["Handle", "LowLatencyHandle"]
 
 
 class Handle(NamedTuple):
@@ -64,3 +65,78 @@ class Handle(NamedTuple):
     def num_recv_rows(self) -> int:
         """Rows that dispatch returned here, padding included."""
         return self.recv_src_idx.shape[0]
+
+
+class LowLatencyHandle(NamedTuple):
+    """The memory of one low-latency dispatch. L local experts, R ranks, M slots for each rank.
+
+    Attributes:
+        src_info: [L, R * M] int32, the token that each row is, among its source's tokens; -1 where
+            no row is. With compact rows [A], row by row.
+        layout_range: [L, R] int64, `(begin << 32) | count`: the rows of an expert that came from a
+            rank, `begin` counted from the expert's first row.
+        num_max_dispatch_tokens_per_rank: M.
+        hidden: H.
+        num_experts: E.
+        packed_recv_count: [L] int32, rows of each expert.
+
+    Lifetime: owns its tensors, which are complete once the rows have been received; valid as long
+    as the buffer, for any number of combines.
+    """
+
+    src_info: torch.Tensor
+    layout_range: torch.Tensor
+    num_max_dispatch_tokens_per_rank: int
+    hidden: int
+    num_experts: int
+    packed_recv_count: torch.Tensor
+
+    @classmethod
+    def of(cls, handle: Sequence[torch.Tensor | int], *, num_ranks: int) -> LowLatencyHandle:
+        """Name the parts of a handle again; the sixth may be missing.
+
+        Raises:
+            HandleError: it is no handle of a low-latency dispatch in a group of this size.
+        """
+        if len(handle) not in (5, 6):
+            raise HandleError(f"a low-latency handle has 5 or 6 parts, this has {len(handle)}")
+        tensors = [part for part in handle[:2] if isinstance(part, torch.Tensor)]
+        sizes = [part for part in handle[2:5] if isinstance(part, int)]
+        if (len(tensors), len(sizes)) != (2, 3):
+            raise HandleError("this is the handle of a high-throughput dispatch, or of none")
+        src_info, layout_range = tensors
+        num_slots, hidden, num_experts = sizes
+        count = (layout_range & 0xFFFFFFFF).sum(1, dtype=torch.int32)
+        named = cls(src_info, layout_range, num_slots, hidden, num_experts, count)
+        named.check(num_ranks)
+        return named
+
+    @property
+    def num_slots(self) -> int:
+        """M, under its short name."""
+        return self.num_max_dispatch_tokens_per_rank
+
+    @property
+    def slab_rows(self) -> int:
+        """Rows of an expert's slab; 0 with compact rows."""
+        return 0 if self.is_compact else self.src_info.shape[1]
+
+    @property
+    def is_compact(self) -> bool:
+        """Whether dispatch laid the experts' rows back to back."""
+        return self.src_info.dim() == 1
+
+    def check(self, num_ranks: int) -> None:
+        """Raise `HandleError` unless the shapes fit each other and a group of this size."""
+        try:
+            experts_here = num_local_experts(self.num_experts, num_ranks)
+        except ShapeError as error:
+            raise HandleError(f"the handle is of another group: {error}") from error
+        slab = (experts_here, num_ranks * self.num_max_dispatch_tokens_per_rank)
+        fits = self.is_compact or tuple(self.src_info.shape) == slab
+        if tuple(self.layout_range.shape) != (experts_here, num_ranks) or not fits:
+            raise HandleError(
+                f"the handle has src_info {tuple(self.src_info.shape)} and layout_range "
+                f"{tuple(self.layout_range.shape)}; for {num_ranks} ranks and {self.num_experts} "
+                f"experts they are {slab} and {(experts_here, num_ranks)}"
+            )

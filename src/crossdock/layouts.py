@@ -2,9 +2,13 @@
 
 Everything here is deterministic arithmetic, done alike on every rank without a message. Rank-major
 is the layout of the high-throughput calls: one row per (source rank, token), by source rank, then
-by token. Moving the rows is the transports' work, keeping the result is the handle's.
+by token. Expert slabs are that of the low-latency calls: one row per (token, local expert), by
+expert, then source rank, then token; each expert owns as many rows as might come, or the rows of
+all experts lie back to back (compact). Moving the rows is the transports' work, keeping the result
+is the handle's.
 
-T tokens here, S tokens of all ranks, K top-k, R ranks, N rows received here.
+T tokens here, S tokens of all ranks, K top-k, R ranks, N rows received here, L local experts,
+M slots for the tokens of a rank, P rows in slabs.
 `counts[i][j]` is the number of rows that rank `i` sends to rank `j`, as host integers.
 """
 
@@ -17,16 +21,22 @@ from itertools import accumulate, pairwise
 import torch
 
 from crossdock.errors import HandleError
-from crossdock.routing import RoutingTable
+from crossdock.routing import RoutingTable, SelectionTable
 
 __all__ = [
     "Counts",
+    "ExpertRows",
     "LocalSelection",
+    "PartialSums",
     "RankMajor",
     "ReducePlan",
+    "arrivals",
+    "consecutive",
     "counts_of_prefix",
+    "expert_rows",
     "local_selection",
     "pad_rows",
+    "partial_sums",
     "rank_major",
     "recv_counts_per_expert",
     "reduce_plan",
@@ -218,3 +228,157 @@ def reduce_plan(send_head: torch.Tensor, returned: Sequence[int]) -> ReducePlan:
     row_splits = torch.zeros(send_head.shape[0] + 1, dtype=torch.int64, device=send_head.device)
     torch.cumsum(back.sum(1), 0, out=row_splits[1:])
     return ReducePlan(row_splits, slots)
+
+
+@dataclass(frozen=True)
+class ExpertRows:
+    """The expert layout of one dispatch, seen from one rank.
+
+    Attributes:
+        counts: [L, R] int64, rows of each local expert from each source rank.
+        experts, sources, tokens: [P] int64, the local expert, source rank and source token of each
+            row; ascending in this order.
+    """
+
+    counts: torch.Tensor
+    experts: torch.Tensor
+    sources: torch.Tensor
+    tokens: torch.Tensor
+
+    @classmethod
+    def of_handle(
+        cls, layout_range: torch.Tensor, src_info: torch.Tensor, *, compact: bool
+    ) -> ExpertRows:
+        """Read the layout back from the tensors of a handle."""
+        counts = layout_range & 0xFFFFFFFF
+        num_ranks = counts.shape[1]
+        pairs = torch.arange(counts.numel(), device=counts.device)
+        pair = pairs.repeat_interleave(counts.flatten())
+        experts, sources = pair // num_ranks, pair % num_ranks
+        found = cls(counts, experts, sources, experts)
+        tokens = src_info.flatten()[found.slots(0 if compact else src_info.shape[1])]
+        return cls(counts, experts, sources, tokens.long())
+
+    @property
+    def recv_count(self) -> torch.Tensor:
+        """[L] int32, rows of each local expert."""
+        return self.counts.sum(1, dtype=torch.int32)
+
+    @property
+    def layout_range(self) -> torch.Tensor:
+        """[L, R] int64, `(begin << 32) | count`, `begin` counted inside the expert's rows."""
+        return ((self.counts.cumsum(1) - self.counts) << 32) | self.counts
+
+    def slots(self, slab_rows: int) -> torch.Tensor:
+        """[P] int64, the slot of each row: in slabs of `slab_rows`; 0 for back to back."""
+        here = torch.arange(self.experts.shape[0], device=self.experts.device)
+        if not slab_rows:
+            return here
+        per_expert = self.counts.sum(1)
+        begin = per_expert.cumsum(0) - per_expert
+        return here - begin[self.experts] + self.experts * slab_rows
+
+
+def expert_rows(local: torch.Tensor, table: SelectionTable, experts_here: int) -> ExpertRows:
+    """Lay out what a rank receives, one row per distinct (token, expert).
+
+    Args:
+        local: [S, K], `table.local` of the rank.
+        table: every rank's choices.
+        experts_here: L.
+
+    Example (L=2; rank 0 has tokens a, b, rank 1 has c): local [[0,1],[1,1],[0,-1]] ->
+        counts [[1,1],[2,0]]; rows a, c of expert 0, then a, b of expert 1:
+        experts [0,0,1,1], sources [0,1,0,0], tokens [0,0,0,1]
+    """
+    wanted = torch.zeros(
+        (local.shape[0], experts_here + 1), dtype=torch.bool, device=local.device
+    ).scatter_(1, torch.where(local < 0, experts_here, local), True)
+    experts, rows = wanted[:, :experts_here].t().nonzero(as_tuple=True)
+    sources = table.src_rank[rows]
+    pair = experts * table.num_ranks + sources
+    counts = torch.bincount(pair, minlength=experts_here * table.num_ranks)
+    counts = counts.view(experts_here, table.num_ranks)
+    return ExpertRows(counts, experts, sources, table.src_token[rows])
+
+
+def arrivals(local: torch.Tensor, table: SelectionTable) -> torch.Tensor:
+    """[S] int64: which of the rows that its source sends to a rank each token is.
+
+    Valid for tokens that chose an expert of the rank whose `local` this is.
+
+    Example (rank 0 has two tokens, rank 1 has two): chosen [[0],[0],[-1],[1]] -> [0,1,_,0]
+    """
+    coming = (local >= 0).any(1)
+    nth = coming.cumsum(0) - 1
+    lengths = torch.bincount(table.src_rank[coming], minlength=table.num_ranks)
+    return nth - (lengths.cumsum(0) - lengths)[table.src_rank]
+
+
+def consecutive(lengths: Sequence[int]) -> list[slice]:
+    """Slices of these lengths, one behind the other: [2,1] -> [0:2, 2:3]."""
+    ends = accumulate(lengths)
+    return [slice(end - length, end) for length, end in zip(lengths, ends, strict=True)]
+
+
+@dataclass(frozen=True)
+class PartialSums:
+    """Which rows of a rank are added up before they travel back, and where each sum goes.
+
+    Attributes:
+        num_back: sums for each source rank.
+        row_splits: [N + 1] int64, over all sums, by source rank and token.
+        slots: int64, the rows of each sum, by ascending top-k slot.
+        weights: float32, what each of them is multiplied by.
+    """
+
+    num_back: list[int]
+    row_splits: torch.Tensor
+    slots: torch.Tensor
+    weights: torch.Tensor
+
+
+def partial_sums(
+    rows: ExpertRows, slots: torch.Tensor, local: torch.Tensor, *, table: SelectionTable
+) -> PartialSums:
+    """Plan the sums of one rank: one for each token that chose an expert here.
+
+    A chosen row that never came (its source was masked then) is left out of the sum.
+
+    Args:
+        rows: what this rank received.
+        slots: [P], where each of these rows lies now.
+        local: [S, K], `table.local` of this rank.
+        table: every rank's choices, with weights.
+
+    Example (L=2): token a chose experts [1,0] with weights [.5,.25]; its rows lie in slots
+        7 (expert 0) and 9 (expert 1) -> row_splits [0,2], slots [9,7], weights [.5,.25]
+    """
+    lookup = _slot_of(rows, slots, local, table=table)
+    chosen = local >= 0
+    coming = chosen.any(1)
+    splits = torch.zeros(int(coming.sum()) + 1, dtype=torch.int64, device=local.device)
+    there = chosen & (lookup >= 0)
+    torch.cumsum(there[coming].sum(1), 0, out=splits[1:])
+    num_back = torch.bincount(table.src_rank[coming], minlength=table.num_ranks)
+    if table.topk_weights is None:
+        raise HandleError("sums are weighted, and no weights were given")
+    return PartialSums(num_back.tolist(), splits, lookup[there], table.topk_weights[there])
+
+
+def _slot_of(
+    rows: ExpertRows, slots: torch.Tensor, local: torch.Tensor, *, table: SelectionTable
+) -> torch.Tensor:
+    """[S, K] int64: where the row of each local choice lies, -1 if there is none."""
+    experts_here = rows.counts.shape[0]
+    most = [int(each.max()) + 1 for each in (rows.tokens, table.src_token) if each.numel()]
+    num_tokens = max(most, default=0)
+    known = torch.full(
+        (table.num_ranks * num_tokens * experts_here + 1,),
+        -1,
+        dtype=torch.int64,
+        device=slots.device,
+    )
+    known[(rows.sources * num_tokens + rows.tokens) * experts_here + rows.experts] = slots
+    token = (table.src_rank * num_tokens + table.src_token).unsqueeze(1)
+    return known[torch.where(local < 0, -1, token * experts_here + local)]

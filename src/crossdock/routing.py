@@ -8,8 +8,8 @@ T tokens of a rank, S tokens of all ranks together, K top-k, E experts, R ranks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
@@ -21,6 +21,8 @@ __all__ = [
     "DispatchLayout",
     "RoutingShare",
     "RoutingTable",
+    "Selection",
+    "SelectionTable",
     "ShareShape",
     "check_expert_ids",
     "dispatch_layout",
@@ -181,6 +183,94 @@ class RoutingTable:
             _cat_or_none(share.topk_idx for share in shares),
             _cat_or_none(share.topk_weights for share in shares),
         )
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The share of a low-latency call: the choices of one rank's tokens, and nothing else.
+
+    Attributes:
+        topk_idx: [T, K] int32, -1 for none.
+        topk_weights: [T, K] float32, or None.
+    """
+
+    topk_idx: torch.Tensor
+    topk_weights: torch.Tensor | None = None
+
+    def to_bytes(self) -> torch.Tensor:
+        """The share as one uint8 tensor: ids, weights."""
+        parts = (self.topk_idx, self.topk_weights)
+        words = [
+            part.contiguous().flatten().view(torch.uint8) for part in parts if part is not None
+        ]
+        return torch.cat(words)
+
+    @classmethod
+    def from_bytes(
+        cls, raw: torch.Tensor, *, num_tokens: int, num_topk: int, has_weights: bool
+    ) -> Selection:
+        """Read a share back; `raw` must start on a 4-byte boundary of its storage."""
+        words, slots = _Reader(raw), (num_tokens, num_topk)
+        topk_idx = words.take(torch.int32, slots)
+        return cls(topk_idx, words.take(torch.float32, slots) if has_weights else None)
+
+    @property
+    def num_bytes(self) -> int:
+        """Length of the share."""
+        parts = (self.topk_idx, self.topk_weights)
+        return sum(part.numel() * part.itemsize for part in parts if part is not None)
+
+    def is_token_in_rank(self, num_experts: int, num_ranks: int) -> torch.Tensor:
+        """[T, R] bool: whether a token chose an expert of a rank."""
+        return dispatch_layout(self.topk_idx, num_experts, num_ranks).is_token_in_rank
+
+
+@dataclass(frozen=True)
+class SelectionTable:
+    """Every rank's choices, tokens of all ranks one after another.
+
+    Attributes:
+        topk_idx: [S, K] int64.
+        topk_weights: [S, K] float32, or None.
+        src_rank: [S] int64, whose token a row is.
+        src_token: [S] int64, its index there.
+        num_ranks: ranks of the group.
+    """
+
+    topk_idx: torch.Tensor
+    topk_weights: torch.Tensor | None
+    src_rank: torch.Tensor
+    src_token: torch.Tensor
+    num_ranks: int
+
+    @classmethod
+    def of(cls, selections: Sequence[Selection]) -> SelectionTable:
+        """Join the choices of all ranks, in rank order. Copies them."""
+        idx = torch.cat([each.topk_idx for each in selections]).long()
+        lengths = [each.topk_idx.shape[0] for each in selections]
+        ranks = torch.arange(len(lengths), device=idx.device)
+        src_rank = ranks.repeat_interleave(torch.tensor(lengths, device=idx.device))
+        tokens = [torch.arange(length, device=idx.device) for length in lengths]
+        weights = _cat_or_none(each.topk_weights for each in selections)
+        return cls(idx, weights, src_rank, torch.cat(tokens), len(lengths))
+
+    def without(self, ranks: Collection[int]) -> SelectionTable:
+        """The same, as if these ranks had chosen nothing."""
+        if not ranks:
+            return self
+        gone = torch.tensor(sorted(ranks), device=self.src_rank.device)
+        lost = torch.isin(self.src_rank, gone).unsqueeze(1)
+        return replace(self, topk_idx=self.topk_idx.masked_fill(lost, -1))
+
+    def row_of(self, src_rank: torch.Tensor, src_token: torch.Tensor) -> torch.Tensor:
+        """The rows of the table that tokens are."""
+        lengths = torch.bincount(self.src_rank, minlength=self.num_ranks)
+        return (lengths.cumsum(0) - lengths)[src_rank] + src_token
+
+    def local(self, rank: int, experts_here: int) -> torch.Tensor:
+        """[S, K] int64: the local index of each chosen expert of `rank`, -1 for other choices."""
+        local = self.topk_idx - rank * experts_here
+        return local.masked_fill((local < 0) | (local >= experts_here), -1)
 
 
 def _cat_or_none(parts: Iterator[torch.Tensor | None]) -> torch.Tensor | None:

@@ -20,6 +20,7 @@ MEDIAN_LINES = 8
 FUNCTION_LINES = 60
 KERNEL_LINES = 80
 FILE_LINES = 400
+FACADES = ("crossdock/buffer.py", "crossdock/decoding.py")
 FACADE_LINES = {"crossdock/buffer.py": 600}
 POSITIONAL = 3
 
@@ -96,7 +97,7 @@ def _has_foreign_signature(source: Source, function: Function, parent: ast.AST) 
     """Whether somebody else decides how it is called: Python, DeepEP, or a kernel's launcher."""
     if function.name.startswith("__") and function.name.endswith("__"):
         return True
-    if source.path == "crossdock/buffer.py" and isinstance(parent, ast.ClassDef):
+    if source.path in FACADES and isinstance(parent, ast.ClassDef):
         return function.name in DEEPEP_METHODS
     decorators = [
         node.func if isinstance(node, ast.Call) else node for node in function.decorator_list

@@ -321,8 +321,14 @@ def test_what_cannot_be_is_said_at_once() -> None:
         Buffer(transport="pigeon")
     with pytest.raises(UnsupportedError, match="process group"):
         Buffer(transport="collective")
-    with pytest.raises(UnsupportedError):
-        Buffer(low_latency_mode=True)
+    with pytest.raises(UnsupportedError, match="enable_shrink"):
+        Buffer(enable_shrink=True, transport="loopback")
+    with pytest.raises(ConfigError, match="low_latency_format is 'fp7'"):
+        Buffer(low_latency_format="fp7")
+    with pytest.raises(ConfigError, match="low_latency_rows is 'heap'"):
+        Buffer(low_latency_rows="heap")
+    with pytest.raises(ConfigError, match="partials is 'fp8'"):
+        Buffer(partials="fp8")
     with pytest.raises(ConfigError, match="max_buffer_bytes"):
         Buffer(num_nvl_bytes=2, max_buffer_bytes=1)
     with pytest.raises(TypeError):

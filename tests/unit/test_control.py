@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from crossdock.transports.base import Call, Header, Operation
 from crossdock.transports.control import BLOCK_BYTES, Control
+from crossdock.transports.header import Call, Header, Operation
 from crossdock.transports.heap_shm import Segment, ShmHeap
 
 

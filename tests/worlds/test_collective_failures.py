@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from crossdock import Buffer, TransportError, worlds
-from crossdock.transports.base import Call, Header, Operation
+from crossdock.transports.header import Call, Header, Operation
 
 FIRST_S = 30.0
 
@@ -110,7 +110,7 @@ def die_between_phases(rank: int, num_ranks: int) -> dict[str, Any]:
     """The last rank has told its header and dies before it has sent its rows."""
     buffer = open_buffer(3.0)
     if rank == num_ranks - 1:
-        buffer._session.transport.move = lambda *args, **kwargs: os._exit(1)
+        buffer._session.transport.send = lambda *args: os._exit(1)
     told = outcome_of(partial(dispatch, buffer))
     time.sleep(0.5)
     return told
@@ -129,10 +129,10 @@ def finish_first(rank: int, num_ranks: int, beyond: bool) -> dict[str, Any] | No
     buffer = open_buffer(2.0)
     transport = buffer._session.transport
     if rank == 2:
-        transport.move = lambda *args, **kwargs: os._exit(1)
+        transport.send = lambda *args: os._exit(1)
     if rank == 1:
-        carry = transport._carry
-        transport._carry = lambda *args: carry(*args) if args[2] == "route" else None
+        wait_for = transport._await
+        transport._await = lambda work, wait: wait.phase == "land" or wait_for(work, wait)
     told = outcome_of(partial(dispatch, buffer))
     if rank == 1:
         if beyond:

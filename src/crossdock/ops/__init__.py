@@ -14,7 +14,7 @@ import torch
 
 from crossdock.ops import torch_ops
 
-__all__ = ["place", "reduce", "send"]
+__all__ = ["gather_reduce", "place", "place_rows", "reduce", "send"]
 
 
 def send(rows: torch.Tensor, tokens: torch.Tensor | slice, landing: torch.Tensor) -> None:
@@ -40,6 +40,48 @@ def place(landing: torch.Tensor, num_rows: int) -> torch.Tensor:
     Example: landing=[[1],[2],[3]], num_rows=2 -> [[1],[2]]; num_rows=4 -> [[1],[2],[3],[0]]
     """
     return torch_ops.place(landing, num_rows)
+
+
+def place_rows(
+    landing: torch.Tensor, rows: torch.Tensor, slots: torch.Tensor, *, out: torch.Tensor
+) -> None:
+    """Copy landed rows to their slots; a row may go to several, other slots are not touched.
+
+    Args:
+        landing: [n, B] contiguous.
+        rows: [p] int64, which landed row.
+        slots: [p] int64, which row of `out` it becomes; all different.
+        out: [m, B], same dtype, any strides.
+
+    Example: landing=[[1],[2]], rows=[1,0,1], slots=[0,2,3], out=[[9],[9],[9],[9]] ->
+        out [[2],[9],[1],[2]]
+    """
+    torch_ops.place_rows(landing, rows, slots, out=out)
+
+
+def gather_reduce(
+    rows: torch.Tensor,
+    row_splits: torch.Tensor,
+    slots: torch.Tensor,
+    *,
+    weights: torch.Tensor,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """Sum weighted rows where they lie: what one rank has for each token, before it travels.
+
+    Multiplies and adds in float32, in the order of `slots`, and rounds once. Rows that no slot
+    names are not read. A sum without rows is zero.
+
+    Args:
+        rows: [n, B] bf16, fp16 or fp32.
+        row_splits: [N + 1] int64; sum `i` is of slots `row_splits[i]` to `row_splits[i + 1]`.
+        slots: int64, indices into rows.
+        weights: float32, one for each slot.
+        dtype: of the result [N, B]; None for that of the rows.
+
+    Example: rows=[[1],[2],[4]], row_splits=[0,2,3], slots=[0,2,1], weights=[3,0.5,1] -> [[5],[2]]
+    """
+    return torch_ops.gather_reduce(rows, row_splits, slots, weights=weights, dtype=dtype)
 
 
 def reduce(

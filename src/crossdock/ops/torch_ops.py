@@ -12,9 +12,10 @@ from collections.abc import Sequence
 
 import torch
 
-__all__ = ["place", "reduce", "send"]
+__all__ = ["gather_reduce", "place", "place_rows", "reduce", "send"]
 
 _BLOCK_ROWS = 64
+_SUM_ROWS = 16
 
 
 def send(rows: torch.Tensor, tokens: torch.Tensor | slice, landing: torch.Tensor) -> None:
@@ -36,6 +37,35 @@ def place(landing: torch.Tensor, num_rows: int) -> torch.Tensor:
     kept = min(num_rows, landing.shape[0])
     out[:kept].copy_(landing[:kept])
     _as_bits(out[kept:]).zero_()
+    return out
+
+
+def place_rows(
+    landing: torch.Tensor, rows: torch.Tensor, slots: torch.Tensor, *, out: torch.Tensor
+) -> None:
+    """See `crossdock.ops.place_rows`."""
+    _as_bits(out).index_copy_(0, slots, _as_bits(landing).index_select(0, rows))
+
+
+def gather_reduce(
+    rows: torch.Tensor,
+    row_splits: torch.Tensor,
+    slots: torch.Tensor,
+    *,
+    weights: torch.Tensor,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """See `crossdock.ops.gather_reduce`."""
+    num_sums = row_splits.shape[0] - 1
+    out = torch.empty((num_sums, rows.shape[1]), dtype=dtype or rows.dtype, device=rows.device)
+    bounds = [*row_splits[:-1:_SUM_ROWS].tolist(), slots.shape[0]]
+    for block, begin in enumerate(range(0, num_sums, _SUM_ROWS)):
+        here = slice(bounds[block], bounds[block + 1])
+        splits = row_splits[begin : begin + _SUM_ROWS + 1] - bounds[block]
+        terms = rows[slots[here]].float()
+        places = torch.arange(terms.shape[0], device=rows.device)
+        total = _segment_sum(terms, splits, places, weights=weights[here])
+        out[begin : begin + _SUM_ROWS].copy_(total)
     return out
 
 
@@ -86,26 +116,37 @@ def _csr(
     )
 
 
-def _segment_sum(rows: torch.Tensor, row_splits: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+def _segment_sum(
+    rows: torch.Tensor,
+    row_splits: torch.Tensor,
+    slots: torch.Tensor,
+    *,
+    weights: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Sum rows by segment, in slot order, accumulating in float32 and rounding once.
 
-    A sparse product with ones is the one torch operation that does this in a single pass; it
-    multiplies only listed rows, so that NaN in other rows is never read.
+    A sparse product with the weights, or with ones, is the one torch operation that does this in a
+    single pass; it multiplies only listed rows, so that NaN in other rows is never read.
     """
     num_tokens = row_splits.shape[0] - 1
     if not slots.numel() or not rows.shape[1]:
         return torch.zeros((num_tokens, rows.shape[1]), dtype=rows.dtype, device=rows.device)
     if rows.device.type != "cpu":
-        return _segment_sum_by_place(rows, row_splits, slots)
-    ones = torch.ones(slots.shape, dtype=rows.dtype, device=rows.device)
+        return _segment_sum_by_place(rows, row_splits, slots, weights=weights)
+    if weights is None:
+        weights = torch.ones(slots.shape, dtype=rows.dtype, device=rows.device)
     _hear_warnings()
-    chosen = _csr(row_splits, slots, values=ones, size=(num_tokens, rows.shape[0]))
+    chosen = _csr(row_splits, slots, values=weights, size=(num_tokens, rows.shape[0]))
     total: torch.Tensor = torch.sparse.mm(chosen, rows, "sum")
     return total
 
 
 def _segment_sum_by_place(
-    rows: torch.Tensor, row_splits: torch.Tensor, slots: torch.Tensor
+    rows: torch.Tensor,
+    row_splits: torch.Tensor,
+    slots: torch.Tensor,
+    *,
+    weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The same on any device: every token's first row, then every token's second, and so on.
 
@@ -115,5 +156,7 @@ def _segment_sum_by_place(
     total = torch.zeros((lengths.shape[0], rows.shape[1]), dtype=torch.float32, device=rows.device)
     for place in range(int(lengths.max())):
         tokens = (lengths > place).nonzero().squeeze(1)
-        total[tokens] += rows[slots[row_splits[tokens] + place]].float()
+        at = row_splits[tokens] + place
+        terms = rows[slots[at]].float()
+        total[tokens] += terms if weights is None else terms * weights[at].unsqueeze(1)
     return total.to(rows.dtype)

@@ -18,24 +18,30 @@ from crossdock.transports.base import Transport
 from crossdock.transports.collective import Collective
 from crossdock.transports.loopback import Loopback
 from crossdock.transports.one_sided import OneSided
+from crossdock.transports.zones import Capacity
 
 __all__ = ["Limits", "select"]
 
 _LOG = logging.getLogger("crossdock")
+_NO_MASKS = "cannot do without a rank (enable_shrink)"
 _ORDERED_STORES = ("x86_64", "AMD64")
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Memory of a buffer, where the transport owns some.
+    """What a buffer may use and must be able to do.
 
     Attributes:
-        start_bytes: size to start with; 0 to wait for the first call.
+        zone_bytes: what to start with for high-throughput calls; 0 to wait for the first one.
+        landing_bytes: the same for low-latency calls.
         max_bytes: what it must not exceed; 0 for no limit.
+        can_shrink: whether low-latency calls go on without ranks that are late.
     """
 
-    start_bytes: int = 0
+    zone_bytes: int = 0
+    landing_bytes: int = 0
     max_bytes: int = 0
+    can_shrink: bool = False
 
 
 def _one_sided(topology: Topology, limits: Limits) -> Transport:
@@ -47,16 +53,21 @@ def _one_sided(topology: Topology, limits: Limits) -> Transport:
         raise TransportError(f"needs x86-64's store order, the ranks run {set(topology.machines)}")
     if topology.uses_cuda:
         raise TransportError("moves CPU tensors, but the group's backend is nccl")
-    return OneSided(topology, start_bytes=limits.start_bytes, max_bytes=limits.max_bytes)
+    start = Capacity.of_bytes(topology.num_ranks, limits.zone_bytes, limits.landing_bytes)
+    return OneSided(topology, start=start, max_bytes=limits.max_bytes, can_shrink=limits.can_shrink)
 
 
-def _collective(topology: Topology, _limits: Limits) -> Transport:
+def _collective(topology: Topology, limits: Limits) -> Transport:
+    if limits.can_shrink:
+        raise TransportError(_NO_MASKS)
     if topology.group is None:
         raise TransportError("needs a torch.distributed process group")
     return Collective(topology, topology.group)
 
 
-def _loopback(topology: Topology, _limits: Limits) -> Transport:
+def _loopback(topology: Topology, limits: Limits) -> Transport:
+    if limits.can_shrink:
+        raise TransportError(_NO_MASKS)
     return Loopback(topology)
 
 

@@ -1,169 +1,51 @@
-"""The seam between the exchange and what carries it: two verbs.
+"""The seam between the exchange and what carries it: three verbs.
 
-`route` is an all-gather of one fixed-size header and one byte string per rank; `move` is an
-all-to-all of rows whose counts every rank knows already. A transport that does these two, and
-ends every wait, can carry everything above. What the rows mean is none of its business.
+`route` is an all-gather of one fixed-size header and one byte string per rank; `send` starts an
+all-to-all of rows whose counts every rank knows already, and `land` ends it, at once or after other
+calls. A transport that does these, and ends every wait, can carry everything above. What the rows
+mean is none of its business.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from enum import IntEnum
-from types import MappingProxyType
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 
-from crossdock.errors import BufferTooSmallError, PeerRefusedError, RankMismatchError
-from crossdock.formats import describe_code
+from crossdock.transports.header import Call, Header
 
 __all__ = [
-    "HEADER_WORDS",
-    "Call",
     "Deadline",
-    "Header",
     "Heap",
-    "Operation",
+    "Landed",
+    "Landing",
+    "Masks",
     "Routed",
     "Shipment",
     "Transport",
-    "check_agreement",
 ]
-
-
-class Operation(IntEnum):
-    """What a rank is doing."""
-
-    NONE = 0
-    DISPATCH = 1
-    CACHED_DISPATCH = 2
-    COMBINE = 3
-    WARMUP = 4
-
-    def __str__(self) -> str:
-        return self.name.lower().replace("_", " ")
-
-
-@dataclass(frozen=True)
-class Call:
-    """One collective call of a buffer.
-
-    Attributes:
-        operation: what is done.
-        sequence: number of the call in its buffer, from 1; the same on all ranks.
-        timeout_s: how long a wait in this call may last; 0 for ever.
-    """
-
-    operation: Operation
-    sequence: int
-    timeout_s: float
-
-    def __str__(self) -> str:
-        return f"{self.operation} {self.sequence}"
-
-
-class Header(NamedTuple):
-    """What every rank tells every other first, in every call. All fields are 64-bit integers.
-
-    Attributes:
-        operation, sequence: what call this is.
-        refused: 1 when the rank will not take part; its reason travels beside the header.
-        num_tokens: T, tokens of this rank.
-        num_rows: rows this rank keeps (dispatch) or brings (combine).
-        hidden, format_code: what a row is; see `formats`.
-        num_topk, num_experts, flags: what the routing is; `flags` tells its optional parts.
-        checksum: of the handle's rank_prefix_matrix; 0 in a first call.
-        row_bytes: bytes of a row in this call.
-        return_bytes: bytes of a row in the combine that will follow; reserved now.
-        reserve_tokens: tokens a rank to make room for.
-        share_bytes: length of the byte string that travels beside the header.
-        zone: where this rank wants its rows; set by the transport.
-        needed_bytes, have_bytes: of a refusal for want of memory.
-    """
-
-    operation: int = 0
-    sequence: int = 0
-    refused: int = 0
-    num_tokens: int = 0
-    num_rows: int = 0
-    hidden: int = 0
-    format_code: int = 0
-    num_topk: int = 0
-    num_experts: int = 0
-    flags: int = 0
-    checksum: int = 0
-    row_bytes: int = 0
-    return_bytes: int = 0
-    reserve_tokens: int = 0
-    share_bytes: int = 0
-    zone: int = 0
-    needed_bytes: int = 0
-    have_bytes: int = 0
-
-    def __str__(self) -> str:
-        if not self.sequence:
-            return "nothing yet"
-        return f"in {Operation(self.operation)} {self.sequence} with {self.num_tokens} tokens"
-
-
-HEADER_WORDS = len(Header._fields)
-
-_AGREED = (
-    ("operation", "operation"),
-    ("sequence", "number of the call"),
-    ("hidden", "hidden size"),
-    ("format_code", "dtype of the rows"),
-    ("num_topk", "top-k"),
-    ("num_experts", "num_experts"),
-    ("flags", "presence of topk_idx and topk_weights"),
-    ("checksum", "handle"),
-)
-
-
-_SHOWN = MappingProxyType({"operation": Operation, "format_code": describe_code})
-
-
-def check_agreement(
-    headers: Sequence[Header], call: Call, *, reason_of: Callable[[int], str]
-) -> None:
-    """Raise unless all ranks are making the same call. Every rank comes to the same verdict.
-
-    Args:
-        headers: of all ranks, in rank order.
-        call: the call this rank makes.
-        reason_of: the reason that a refusing rank gave.
-
-    Raises:
-        BufferTooSmallError: a rank refused because of its limit on memory.
-        PeerRefusedError: a rank refused for another reason.
-        RankMismatchError: they differ in operation, shapes, dtype or handle.
-    """
-    for rank, header in enumerate(headers):
-        if header.refused and header.have_bytes:
-            raise BufferTooSmallError(
-                header.needed_bytes, header.have_bytes, argument="max_buffer_bytes", rank=rank
-            )
-        if header.refused:
-            raise PeerRefusedError(rank, operation=str(call), reason=reason_of(rank))
-    for field, name in _AGREED:
-        values = {rank: getattr(header, field) for rank, header in enumerate(headers)}
-        if len(set(values.values())) > 1:
-            show = _SHOWN.get(field, int)
-            told = {rank: str(show(value)) for rank, value in values.items()}
-            raise RankMismatchError(name, told, where=f"call {call.sequence}")
 
 
 @dataclass(frozen=True)
 class Routed:
     """What `route` brings: the header and the byte string of every rank, in rank order.
 
+    Attributes:
+        headers: of a masked rank an empty one.
+        shares: of a masked rank an empty one.
+        waited_us: how long this rank waited for each.
+        masked: ranks that do not take part; all of them where this rank itself is masked.
+
     Lifetime: the shares may be views of the transport's memory, valid until its next call.
     """
 
     headers: list[Header]
     shares: list[torch.Tensor]
+    waited_us: list[int]
+    masked: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -173,32 +55,105 @@ class Shipment:
     Attributes:
         planes: [n, width] contiguous tensors whose rows belong together.
         sends: for each destination rank which rows it gets.
-        counts: [R][R], rows from each rank to each rank; equal on all ranks.
+        counts: [R][R], rows from each rank to each rank. Packed, they are equal on all ranks;
+            in slots a rank need only know what it sends and what it gets.
+        num_slots: each rank's rows land in places of their own, so many at most; 0: the rows of
+            all ranks land one behind the other.
     """
 
     planes: Sequence[torch.Tensor]
     sends: Sequence[torch.Tensor | slice]
     counts: Sequence[Sequence[int]]
+    num_slots: int = 0
 
     def num_arriving(self, dst: int, *, before: int | None = None) -> int:
         """Rows for rank `dst`, from all ranks or from those before one."""
         return sum(row[dst] for row in self.counts[:before])
 
 
+@dataclass(frozen=True)
+class Landed:
+    """The rows that have come.
+
+    Attributes:
+        planes: for each plane its rows, in pieces by ascending source rank: one piece for all
+            ranks where the shipment was packed, one for each rank where it was in slots.
+        waited_us: how long this rank waited for each rank.
+        masked: ranks whose rows do not count, though they may have been expected.
+    """
+
+    planes: list[list[torch.Tensor]]
+    waited_us: list[int]
+    masked: frozenset[int] = frozenset()
+
+    def waited_after(self, routed: Routed) -> list[int]:
+        """How long this rank waited for each, in the whole call."""
+        both = zip(routed.waited_us, self.waited_us, strict=True)
+        return [before + after for before, after in both]
+
+    @property
+    def packed(self) -> list[torch.Tensor]:
+        """The planes of a packed shipment."""
+        return [pieces[0] for pieces in self.planes]
+
+
+class Landing(Protocol):
+    """Rows on their way to this rank."""
+
+    def land(self, *, keep: bool) -> Landed:
+        """Wait for the rows. Once, by any thread, also while other calls are made.
+
+        Args:
+            keep: the pieces are the caller's for good; otherwise they live until the next call.
+                In slots they are always the caller's, who lets go of them soon.
+
+        Raises:
+            PeerTimeoutError: some ranks did not send.
+            TransportError: a rank failed.
+        """
+        ...
+
+
+class Masks(Protocol):
+    """Which ranks a transport goes on without."""
+
+    def mask(self, rank: int) -> None:
+        """From the next call on, go on without a rank."""
+        ...
+
+    def unmask(self, rank: int) -> None:
+        """From the next call on, count on a rank again; on that rank itself: come back."""
+        ...
+
+    def masked(self) -> frozenset[int]:
+        """The ranks without which the last call went on, and those masked since."""
+        ...
+
+    def catch_up(self, sequence: int, timeout_s: float) -> int:
+        """The number of the call before the one that begins now.
+
+        It is `sequence`, unless this rank comes back after others went on without it: then they
+        tell, and this waits for them.
+        """
+        ...
+
+
 class Transport(Protocol):
     """Carries an exchange between the ranks of one group.
 
-    The two verbs are collective: every rank calls them in the same order, also with nothing to
-    send. What all ranks learn together (`RankMismatchError`, `PeerRefusedError`,
+    `route` and `send` are collective: every rank calls them in the same order, also with nothing
+    to send. What all ranks learn together (`RankMismatchError`, `PeerRefusedError`,
     `BufferTooSmallError`) leaves the transport usable; after any other error it is not.
 
     Attributes:
         name: as `select` knows it.
         device_types: kinds of device whose rows it moves; empty for any.
+        masks: the masks, where it can do without ranks.
     """
 
     name: str
     device_types: tuple[str, ...]
+    masks: Masks | None
 
     def route(self, call: Call, header: Header, share: torch.Tensor) -> Routed:
         """Tell every rank the header and the share, and learn theirs.
@@ -217,19 +172,14 @@ class Transport(Protocol):
         """
         ...
 
-    def move(self, call: Call, shipment: Shipment, *, keep: bool) -> list[torch.Tensor]:
-        """Send rows to every rank and return what came, by source rank.
+    def send(self, call: Call, shipment: Shipment) -> Landing:
+        """Send rows to every rank, without waiting for theirs.
 
         Args:
             call: the call that `route` opened.
             shipment: the rows of this rank, and how many go between all ranks.
-            keep: the result is the caller's for good; otherwise it lives until the next call.
-
-        Returns:
-            One [rows for this rank, width] tensor per plane.
 
         Raises:
-            PeerTimeoutError: some ranks did not send.
             TransportError: a rank failed.
         """
         ...
@@ -284,6 +234,11 @@ class Deadline:
     def waited_s(self) -> float:
         """Seconds since the wait began."""
         return time.monotonic() - self._begin
+
+    @property
+    def waited_us(self) -> int:
+        """The same in whole microseconds."""
+        return int(self.waited_s * 1e6)
 
     @property
     def passed(self) -> bool:

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from typing import NamedTuple
@@ -23,14 +24,8 @@ from torch.distributed.distributed_c10d import PrefixStore
 from crossdock import ops
 from crossdock.errors import PeerTimeoutError, StoreLostError, TransportError
 from crossdock.topology import Topology
-from crossdock.transports.base import (
-    Call,
-    Deadline,
-    Header,
-    Routed,
-    Shipment,
-    check_agreement,
-)
+from crossdock.transports.base import Deadline, Landed, Masks, Routed, Shipment
+from crossdock.transports.header import Call, Header, check_agreement
 from crossdock.transports.notes import UNUSABLE_GROUP, Notes
 
 __all__ = ["Collective"]
@@ -53,6 +48,27 @@ class _Wait(NamedTuple):
     deadline: Deadline
 
 
+class _Plane(NamedTuple):
+    """One plane on its way: the collective that brings it, and where it lands."""
+
+    work: dist.Work | None
+    landed: torch.Tensor
+    ready: torch.Tensor
+
+
+class _Landing(NamedTuple):
+    """Rows that are on their way."""
+
+    transport: Collective
+    call: Call
+    shipment: Shipment
+    planes: list[_Plane]
+
+    def land(self, *, keep: bool) -> Landed:
+        """See `Landing.land`. The result is always the caller's own; waiting is not told apart."""
+        return self.transport.land(self.call, self.shipment, self.planes)
+
+
 class Collective:
     """A transport over a process group.
 
@@ -63,6 +79,7 @@ class Collective:
 
     name = "collective"
     device_types: tuple[str, ...] = ()
+    masks: Masks | None = None
 
     def __init__(self, topology: Topology, group: dist.ProcessGroup) -> None:
         self._rank, self._num_ranks = topology.rank, topology.num_ranks
@@ -82,18 +99,24 @@ class Collective:
         )
         return routed
 
-    def move(self, call: Call, shipment: Shipment, *, keep: bool) -> list[torch.Tensor]:
-        """See `Transport.move`. The result is always the caller's own."""
+    def send(self, call: Call, shipment: Shipment) -> _Landing:
+        """See `Transport.send`."""
+        wait = _Wait(call, "send", Deadline(call.timeout_s))
+        planes = [self._start(plane, shipment, wait) for plane in shipment.planes]
+        if shipment.num_slots:
+            # Whoever has sent may be away for long: it is not late.
+            self._notes.leave(call)
+        return _Landing(self, call, shipment, planes)
+
+    def _start(self, plane: torch.Tensor, shipment: Shipment, wait: _Wait) -> _Plane:
         out_splits = list(shipment.counts[self._rank])
         in_splits = [row[self._rank] for row in shipment.counts]
-        received = []
-        for plane in shipment.planes:
-            ready = _gather_rows(plane, shipment.sends, out_splits).to(self._device)
-            landed = torch.empty(
-                (sum(in_splits), plane.shape[1]), dtype=plane.dtype, device=self._device
-            )
-            start = partial(
-                dist.all_to_all_single,
+        ready = _gather_rows(plane, shipment.sends, out_splits).to(self._device)
+        landed = torch.empty(
+            (sum(in_splits), plane.shape[1]), dtype=plane.dtype, device=self._device
+        )
+        with self._diagnosing(wait):
+            work = dist.all_to_all_single(
                 _bytes_of(landed),
                 _bytes_of(ready),
                 in_splits,
@@ -101,10 +124,23 @@ class Collective:
                 group=self._group,
                 async_op=True,
             )
-            self._carry(start, call, "land")
-            received.append(landed.to(plane.device))
-        self._notes.leave(call)
-        return received
+        return _Plane(work, landed, ready)
+
+    def land(self, call: Call, shipment: Shipment, planes: Sequence[_Plane]) -> Landed:
+        """Wait for rows that were sent."""
+        for plane in planes:
+            wait = _Wait(call, "land", Deadline(call.timeout_s))
+            with self._diagnosing(wait):
+                self._await(plane.work, wait)
+        if not shipment.num_slots:
+            self._notes.leave(call)
+        lengths = [row[self._rank] for row in shipment.counts]
+        splits = lengths if shipment.num_slots else [sum(lengths)]
+        rows = [
+            list(torch.split(flight.landed.to(plane.device), splits))
+            for flight, plane in zip(planes, shipment.planes, strict=True)
+        ]
+        return Landed(rows, [0] * self._num_ranks)
 
     def refuse(self, call: Call, header: Header, reason: str) -> None:
         """See `Transport.refuse`. Takes part in the round of headers, so it waits for the peers."""
@@ -131,8 +167,11 @@ class Collective:
     def _round(self, call: Call, header: Header, share: torch.Tensor) -> Routed:
         """All-gather headers, then shares padded to the longest."""
         self._notes.enter(call, header)
-        words = torch.tensor(header, dtype=torch.int64, device=self._device)
-        headers = [Header(*told.tolist()) for told in self._all_gather(call, "route", words)]
+        begin = Deadline(0)
+        told = header._replace(entered_us=time.time_ns() // 1000)
+        words = torch.tensor(told, dtype=torch.int64, device=self._device)
+        headers = [Header(*row.tolist()) for row in self._all_gather(call, "route", words)]
+        waited_us = self._waits(headers, begin.waited_us)
         padded = torch.zeros(
             max(header.share_bytes for header in headers), dtype=torch.uint8, device=self._device
         )
@@ -141,7 +180,12 @@ class Collective:
             self._all_gather(call, "route", padded) if padded.numel() else [padded] * len(headers)
         )
         cut = zip(shares, headers, strict=True)
-        return Routed(headers, [share[: header.share_bytes] for share, header in cut])
+        return Routed(headers, [share[: header.share_bytes] for share, header in cut], waited_us)
+
+    def _waits(self, headers: Sequence[Header], waited_us: int) -> list[int]:
+        """How long this rank waited for each: by their clocks, never more than by its own."""
+        here = headers[self._rank].entered_us
+        return [min(max(told.entered_us - here, 0), waited_us) for told in headers]
 
     def _all_gather(self, call: Call, phase: str, mine: torch.Tensor) -> list[torch.Tensor]:
         everyone = [torch.empty_like(mine) for _ in range(self._num_ranks)]
@@ -150,10 +194,16 @@ class Collective:
         return everyone
 
     def _carry(self, start: Callable[[], dist.Work | None], call: Call, phase: str) -> None:
-        """Run a collective to its end; where it breaks or takes too long, say because of whom."""
+        """Run a collective to its end."""
         wait = _Wait(call, phase, Deadline(call.timeout_s))
-        try:
+        with self._diagnosing(wait):
             self._await(start(), wait)
+
+    @contextmanager
+    def _diagnosing(self, wait: _Wait) -> Iterator[None]:
+        """Where a collective breaks or takes too long, say because of whom."""
+        try:
+            yield
         except TransportError:
             raise
         except RuntimeError as error:

@@ -15,17 +15,20 @@ import json
 import os
 import time
 from array import array
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from enum import IntEnum
+from typing import NamedTuple
 
 from crossdock.errors import PeerTimeoutError, TransportError
-from crossdock.transports.base import HEADER_WORDS, Call, Deadline, Header, Heap
+from crossdock.transports.base import Deadline, Heap
+from crossdock.transports.header import HEADER_WORDS, Call, Header, Operation
+from crossdock.transports.roster import Roster
 
 __all__ = ["BLOCK_BYTES", "Control", "Signal"]
 
 BLOCK_BYTES = 2048
 _BLOCK_WORDS = BLOCK_BYTES // 8
-_FAILED, _WAITING, _NOTE, _NOTE_WORDS = 4, 5, 6, 4
+_FAILED, _WAITING, _ALIVE, _NOTE, _NOTE_WORDS = 4, 5, 6, 7, 4
 _HEADERS = _NOTE + _NOTE_WORDS
 _REASONS = _HEADERS + 2 * HEADER_WORDS
 _TEXT_WORDS = (_BLOCK_WORDS - _REASONS) // 3
@@ -33,6 +36,7 @@ _CAUSE = _REASONS + 2 * _TEXT_WORDS
 _CAUSE_BYTES = _TEXT_WORDS * 8 // 3
 _BEAT_NS = 20_000_000
 _ALIVE_NS = 500_000_000
+_LOOK_AGAIN_S = 0.05
 
 
 class Signal(IntEnum):
@@ -42,6 +46,15 @@ class Signal(IntEnum):
     SHARED = 1
     LANDED = 2
     GROWN = 3
+
+
+class _Wanted(NamedTuple):
+    """What a wait is for: a signal with at least this number, of some ranks or all."""
+
+    signal: Signal
+    number: int
+    phase: str
+    among: Collection[int] | None = None
 
 
 class Backoff:
@@ -72,18 +85,22 @@ class Control:
         heap: control segments of all ranks, at least `num_ranks * BLOCK_BYTES` each.
         rank: this rank.
         num_ranks: ranks of the group.
+        roster: whom to wait for; None for everybody.
     """
 
-    def __init__(self, heap: Heap, *, rank: int, num_ranks: int) -> None:
+    def __init__(
+        self, heap: Heap, *, rank: int, num_ranks: int, roster: Roster | None = None
+    ) -> None:
         self._rank = rank
         self._num_ranks = num_ranks
+        self._roster = roster or Roster(rank, num_ranks, can_shrink=False)
         self._mine = heap.words(rank)
         self._theirs = [heap.words(peer) for peer in range(num_ranks)]
         self._beaten = 0
         self._told = {
             signal: [self._at(peer, signal) for peer in range(num_ranks)] for signal in Signal
         }
-        self._failed = [self._at(peer, _FAILED) for peer in range(num_ranks) if peer != rank]
+        self._failures = [(r, self._at(r, _FAILED)) for r in range(num_ranks) if r != rank]
 
     def post_header(self, call: Call, header: Header, *, reason: str = "") -> None:
         """Write the header to every peer, with a reason when it is a refusal, and signal it."""
@@ -96,8 +113,12 @@ class Control:
         self.signal(Signal.POSTED, call)
 
     def headers(self, call: Call) -> list[Header]:
-        """Every rank's header of this call; valid once all have posted."""
-        return [self._header(peer, self._slot(call.sequence)) for peer in range(self._num_ranks)]
+        """Every rank's header of this call, empty ones of absent ranks; valid once all posted."""
+        slot, absent = self._slot(call.sequence), self._roster.absent()
+        return [
+            Header() if peer in absent else self._header(peer, slot)
+            for peer in range(self._num_ranks)
+        ]
 
     def reason_of(self, call: Call, peer: int) -> str:
         """The reason that a peer gave for refusing this call."""
@@ -123,28 +144,107 @@ class Control:
         for words in self._theirs if peer is None else [self._theirs[peer]]:
             words[at] = call.sequence
 
-    def wait(self, signal: Signal, call: Call, *, phase: str, sequence: int | None = None) -> None:
-        """Wait until every rank has signalled this call, or the given earlier one.
+    def wait(
+        self, signal: Signal, call: Call, *, phase: str, among: Collection[int] | None = None
+    ) -> list[int]:
+        """Wait until ranks have signalled this call.
+
+        Args:
+            signal: what they signal.
+            call: the call, also where an earlier one is awaited in it: see `before`.
+            phase: for errors.
+            among: the ranks; None for all that are not masked.
+
+        Returns:
+            How long each rank was waited for, in microseconds.
 
         Raises:
             PeerTimeoutError: some did not before the deadline.
             TransportError: a rank failed meanwhile.
         """
-        wanted = call.sequence if sequence is None else sequence
-        deadline, backoff = Deadline(call.timeout_s), Backoff()
-        missing = [rank for rank in range(self._num_ranks) if rank != self._rank]
+        return self._wait(_Wanted(signal, call.sequence, phase, among), call)
+
+    def wait_for_call_before(self, call: Call) -> None:
+        """Wait until every rank has entered the call before this one. Raises: as `wait`."""
+        among = set(range(self._num_ranks)) - self._roster.newcomers
+        self._wait(_Wanted(Signal.POSTED, call.sequence - 1, "route", among), call)
+
+    def _wait(self, wanted: _Wanted, call: Call) -> list[int]:
+        begin, deadline, backoff = Deadline(0), Deadline(call.timeout_s), Backoff()
+        waited_us = [0] * self._num_ranks
+        missing = self._behind(wanted, call)
         try:
-            while missing := [r for r in missing if self._mine[self._told[signal][r]] < wanted]:
-                if any(self._mine[at] for at in self._failed):
-                    self._raise_failures(call, phase, deadline.waited_s)
+            while missing:
+                failed = self._failed()
+                if failed and not self._roster.drop(failed, call):
+                    self._raise_failures(failed, call, phase=wanted.phase, waited_s=begin.waited_s)
                 if deadline.passed:
-                    late = self._not_waiting(missing) or missing
-                    raise self._timeout(late, call, phase, waited_s=deadline.waited_s)
+                    deadline = self._give_up(missing, wanted, call, waited_s=begin.waited_s)
                 if backoff.pause():
                     self._beat()
+                for peer in missing:
+                    waited_us[peer] = begin.waited_us
+                missing = self._behind(wanted, call)
         finally:
             if self._beaten:
                 self._show_waiting(0)
+        return waited_us
+
+    def _behind(self, wanted: _Wanted, call: Call) -> list[int]:
+        """The ranks that have not signalled what is wanted; masked ones are not asked."""
+        told = self._told[wanted.signal]
+        if self._roster.can_shrink and wanted.signal is Signal.POSTED:
+            self._hear(call)
+        absent = self._roster.absent()
+        ranks = range(self._num_ranks) if wanted.among is None else wanted.among
+        return [
+            peer
+            for peer in ranks
+            if peer != self._rank and peer not in absent and self._mine[told[peer]] < wanted.number
+        ]
+
+    def _hear(self, call: Call) -> None:
+        """Take over the masks that the headers of this call show, as they arrive."""
+        for peer in range(self._num_ranks):
+            if peer != self._rank and self._mine[self._told[Signal.POSTED][peer]] >= call.sequence:
+                self._roster.hear(peer, self._header(peer, self._slot(call.sequence)), call)
+
+    def _give_up(
+        self, missing: list[int], wanted: _Wanted, call: Call, *, waited_s: float
+    ) -> Deadline:
+        """At the deadline: raise, or go on without those who are late, with a new one."""
+        if not (self._roster.can_shrink and call.operation.can_shrink):
+            late = self._not_waiting(missing) or missing
+            raise self._timeout(late, call, wanted.phase, waited_s=waited_s)
+        # Who was kept waiting by somebody else has had less time than this rank has waited.
+        since = time.monotonic_ns() - int(call.timeout_s * 1e9)
+        late = [rank for rank in missing if self._mine[self._at(rank, _ALIVE)] < since]
+        if not late:
+            return Deadline(_LOOK_AGAIN_S)
+        self._roster.drop(late, call)
+        return Deadline(call.timeout_s)
+
+    def catch_up(self, sequence: int, timeout_s: float) -> int:
+        """For a rank that comes back: wait for a header that counts on it; the number before it.
+
+        Raises:
+            PeerTimeoutError: no rank came with such a call before the deadline.
+        """
+        call = Call(Operation.NONE, sequence, timeout_s)
+        deadline, backoff = Deadline(timeout_s), Backoff()
+        while True:
+            last = [self._last_header(peer) for peer in range(self._num_ranks)]
+            newest = max(header.sequence for header in last)
+            welcome = all(
+                not header.masked >> self._rank & 1 for header in last if header.sequence == newest
+            )
+            if newest > sequence and welcome:
+                self._roster.returning = False
+                return newest - 1
+            if deadline.passed:
+                peers = [peer for peer in range(self._num_ranks) if peer != self._rank]
+                raise self._timeout(peers, call, "return", waited_s=deadline.waited_s)
+            backoff.pause()
 
     def _beat(self) -> None:
         """Show the peers now and then that this rank is itself waiting.
@@ -159,6 +259,8 @@ class Control:
         self._beaten = since
         for words in self._theirs:
             words[self._at(self._rank, _WAITING)] = since
+            if since:
+                words[self._at(self._rank, _ALIVE)] = since
 
     def _not_waiting(self, ranks: Sequence[int]) -> list[int]:
         """Those that are not themselves waiting for somebody else."""
@@ -174,10 +276,15 @@ class Control:
             self._write_text(words, _CAUSE, cause)
             words[self._at(self._rank, _FAILED)] = call.sequence
 
-    def _raise_failures(self, call: Call, phase: str, waited_s: float) -> None:
-        for peer in range(self._num_ranks):
-            if peer == self._rank or not self._mine[self._at(peer, _FAILED)]:
-                continue
+    def _failed(self) -> list[int]:
+        """The ranks that gave up; masked ones are not asked."""
+        absent = self._roster.absent()
+        return [peer for peer, at in self._failures if self._mine[at] and peer not in absent]
+
+    def _raise_failures(
+        self, failed: Sequence[int], call: Call, *, phase: str, waited_s: float
+    ) -> None:
+        for peer in failed:
             cause = json.loads(self._text(peer, _CAUSE))
             if cause["missing"] and self._rank not in cause["missing"]:
                 note = f"Reported by rank {peer}."

@@ -7,24 +7,19 @@ complete transport, so it is the one to read first.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from crossdock import ops
 from crossdock.errors import PeerTimeoutError, TransportError
 from crossdock.topology import Communicator, Topology
-from crossdock.transports.base import (
-    Call,
-    Deadline,
-    Header,
-    Routed,
-    Shipment,
-    check_agreement,
-)
+from crossdock.transports.base import Deadline, Landed, Masks, Routed, Shipment
+from crossdock.transports.header import Call, Header, check_agreement
 
 __all__ = ["Loopback", "LoopbackComm", "run_threads"]
 
@@ -36,6 +31,13 @@ Topic = tuple[str, int]
 """What is pinned, and in which call."""
 
 
+class _Pin(NamedTuple):
+    """A value, and when it was pinned."""
+
+    value: Any
+    at_s: float
+
+
 class Board:
     """Where ranks pin things for one another, by topic and call."""
 
@@ -43,17 +45,23 @@ class Board:
         self.num_ranks = num_ranks
         self.last: dict[int, Header] = {}
         self.failures: dict[int, BaseException] = {}
-        self._pinned: dict[Topic, dict[int, Any]] = {}
+        self._pinned: dict[Topic, dict[int, _Pin]] = {}
+        self._done: dict[Topic, set[int]] = {}
         self._changed = threading.Condition()
 
     def pin(self, topic: Topic, rank: int, value: Any) -> None:
-        """Show a value to all ranks; what lies two calls back is taken down."""
-        name, number = topic
+        """Show a value to all ranks."""
         with self._changed:
-            self._pinned.setdefault(topic, {})[rank] = value
-            for old in [key for key in self._pinned if key[0] == name and key[1] < number - 1]:
-                del self._pinned[old]
+            self._pinned.setdefault(topic, {})[rank] = _Pin(value, time.monotonic())
             self._changed.notify_all()
+
+    def take_down(self, topic: Topic, rank: int) -> None:
+        """A rank needs the topic no more; it is forgotten when no rank does."""
+        with self._changed:
+            done = self._done.setdefault(topic, set())
+            done.add(rank)
+            if len(done) == self.num_ranks:
+                del self._pinned[topic], self._done[topic]
 
     def give_up(self, rank: int, error: BaseException) -> None:
         """Wake all waiting ranks with an error."""
@@ -61,7 +69,7 @@ class Board:
             self.failures[rank] = error
             self._changed.notify_all()
 
-    def collect(self, topic: Topic, deadline: Deadline) -> tuple[list[Any], list[int]]:
+    def collect(self, topic: Topic, deadline: Deadline) -> tuple[list[_Pin], list[int]]:
         """Wait for all ranks' values; returns them, or the ranks that are missing at the end."""
         with self._changed:
             while True:
@@ -96,7 +104,8 @@ class LoopbackComm:
         values, missing = self._board.collect(topic, Deadline(0))
         if missing:
             raise TransportError(f"ranks failed: {self._board.failures}")
-        return values
+        self._board.take_down(topic, self._rank)
+        return [pin.value for pin in values]
 
 
 def run_threads(num_ranks: int, fn: Callable[[Communicator], _Result]) -> list[_Result]:
@@ -121,6 +130,18 @@ def run_threads(num_ranks: int, fn: Callable[[Communicator], _Result]) -> list[_
     return [future.result() for future in futures]
 
 
+class _Landing(NamedTuple):
+    """Rows that are pinned, or will be."""
+
+    transport: Loopback
+    call: Call
+    shipment: Shipment
+
+    def land(self, *, keep: bool) -> Landed:
+        """See `Landing.land`. The result is always the caller's own."""
+        return self.transport.land(self.call, self.shipment)
+
+
 class Loopback:
     """A transport between the threads of one process.
 
@@ -130,6 +151,7 @@ class Loopback:
 
     name = "loopback"
     device_types: tuple[str, ...] = ()
+    masks: Masks | None = None
 
     def __init__(self, topology: Topology) -> None:
         self._rank, self._num_ranks = topology.rank, topology.num_ranks
@@ -140,22 +162,32 @@ class Loopback:
         """See `Transport.route`."""
         self._wait_for_all_to_enter_the_call_before(call)
         self._board.last[self._rank] = header
-        told = self._exchange("route", call, (header, share.clone(), ""))
+        begin_s = time.monotonic()
+        pins = self._exchange("route", call, (header, share.clone(), ""))
+        told = [pin.value for pin in pins]
         headers = [item[0] for item in told]
         check_agreement(headers, call, reason_of=lambda rank: str(told[rank][2]))
-        return Routed(headers, [item[1] for item in told])
+        return Routed(headers, [item[1] for item in told], _waits(pins, begin_s))
 
-    def move(self, call: Call, shipment: Shipment, *, keep: bool) -> list[torch.Tensor]:
-        """See `Transport.move`. The result is always the caller's own."""
+    def send(self, call: Call, shipment: Shipment) -> _Landing:
+        """See `Transport.send`."""
         parcels = [
             [_copy_rows(plane, tokens, count) for plane in shipment.planes]
             for tokens, count in zip(shipment.sends, shipment.counts[self._rank], strict=True)
         ]
-        received = self._exchange("land", call, parcels)
-        return [
-            torch.cat([parcels_of[self._rank][index] for parcels_of in received])
-            for index in range(len(shipment.planes))
-        ]
+        self._board.pin(("land", call.sequence), self._rank, parcels)
+        return _Landing(self, call, shipment)
+
+    def land(self, call: Call, shipment: Shipment) -> Landed:
+        """Wait for the rows of a call, and take them off the board."""
+        begin_s = time.monotonic()
+        pins = self._collect("land", call)
+        self._board.take_down(("land", call.sequence), self._rank)
+        mine = [pin.value[self._rank] for pin in pins]
+        planes = [[of_rank[index] for of_rank in mine] for index in range(len(shipment.planes))]
+        if not shipment.num_slots:
+            planes = [[torch.cat(pieces)] for pieces in planes]
+        return Landed(planes, _waits(pins, begin_s))
 
     def refuse(self, call: Call, header: Header, reason: str) -> None:
         """See `Transport.refuse`."""
@@ -183,13 +215,14 @@ class Loopback:
         """A refusal runs ahead; what is pinned must stay until everybody has read it."""
         if call.sequence > 1:
             self._collect("route", replace(call, sequence=call.sequence - 1))
+            self._board.take_down(("route", call.sequence - 1), self._rank)
 
-    def _exchange(self, phase: str, call: Call, value: Any) -> list[Any]:
+    def _exchange(self, phase: str, call: Call, value: Any) -> list[_Pin]:
         """Pin this rank's value and collect all ranks' for this phase of the call."""
         self._board.pin((phase, call.sequence), self._rank, value)
         return self._collect(phase, call)
 
-    def _collect(self, phase: str, call: Call) -> list[Any]:
+    def _collect(self, phase: str, call: Call) -> list[_Pin]:
         deadline = Deadline(call.timeout_s)
         values, missing = self._board.collect((phase, call.sequence), deadline)
         if not missing:
@@ -223,3 +256,8 @@ def _copy_rows(plane: torch.Tensor, tokens: torch.Tensor | slice, count: int) ->
     rows = torch.empty((count, plane.shape[1]), dtype=plane.dtype, device=plane.device)
     ops.send(plane, tokens, rows)
     return rows
+
+
+def _waits(pins: Sequence[_Pin], begin_s: float) -> list[int]:
+    """For how many microseconds of a wait each rank's value was not there."""
+    return [max(int((pin.at_s - begin_s) * 1e6), 0) for pin in pins]

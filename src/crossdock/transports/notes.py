@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from torch.distributed.distributed_c10d import PrefixStore
 
 from crossdock.errors import StoreLostError
-from crossdock.transports.base import Call, Header
+from crossdock.transports.header import Call, Header
 
 __all__ = ["UNUSABLE_GROUP", "Notes"]
 

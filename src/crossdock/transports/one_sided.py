@@ -2,131 +2,96 @@
 
 Every rank owns a heap that its peers can write: a routing area where shares land, and a few equal
 zones where rows land. In its header a rank names the zone it wants its rows in; naming a zone is
-the permission to write there, so no further credit is needed. Since the shares told everybody all
-counts, a sender knows where in the zone its rows belong and writes them to their final place.
+the permission to write there, so no further credit is needed. Where the shares told everybody all
+counts, a sender knows where in the zone its rows belong and writes them to their final place; in a
+low-latency call every sender has a region of its own in the zone.
 
 What dispatch returns *is* that zone: it is lent to the caller and comes back when the last tensor
 on it has gone. One zone is never lent; when it is the last one free, results are copied out of it.
+Landing zones are lent until the hook has placed their rows; there are enough for all calls that may
+be in flight.
 
 All ranks see from the headers when the heap is too small, and enlarge it together before rows are
-sent. The old heap lives as long as somebody holds results in it.
+sent. The old heap lives as long as somebody holds results in it, or waits for rows.
 """
 
 from __future__ import annotations
 
-import weakref
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TypeVar, cast
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 
 from crossdock import ops
-from crossdock.config import NUM_ZONES, align
-from crossdock.errors import BufferTooSmallError, TransportError
+from crossdock.config import NUM_LANDING_ZONES, NUM_ZONES
+from crossdock.errors import BufferTooSmallError, TransportError, UnsupportedError
 from crossdock.topology import Topology
-from crossdock.transports.base import Call, Header, Heap, Routed, Shipment, check_agreement
+from crossdock.transports.base import Heap, Landed, Masks, Routed, Shipment
 from crossdock.transports.control import BLOCK_BYTES, Control, Signal
+from crossdock.transports.header import Call, Header, check_agreement
 from crossdock.transports.heap_shm import Address, Segment, ShmHeap
+from crossdock.transports.roster import MAX_MASKABLE_RANKS, Roster
+from crossdock.transports.zones import Capacity, Generation, divide, used_bytes
 
-__all__ = ["Capacity", "OneSided"]
+__all__ = ["OneSided"]
 
 _Made = TypeVar("_Made")
 
 _PAGE = 4096
-_LINE = 64
-_MAX_PLANES = 4
 
 
-@dataclass(frozen=True)
-class Capacity:
-    """How a heap is divided.
+class _Landing(NamedTuple):
+    """Rows on their way into a zone of this rank.
 
     Attributes:
-        num_ranks: ranks of the group.
-        share_bytes: room for one rank's share; there are two per rank.
-        zone_bytes: room for the rows of one call.
+        lent: the zone, if rows land in slots; packed ones are lent when they are there.
+        eras, absent: how things stood in the roster when the rows were sent.
     """
 
-    num_ranks: int
-    share_bytes: int = 0
-    zone_bytes: int = 0
+    control: Control
+    roster: Roster
+    call: Call
+    shipment: Shipment
+    generation: Generation
+    zone: int
+    lent: torch.Tensor
+    eras: tuple[int, ...]
+    absent: frozenset[int]
+    rank: int
 
-    @classmethod
-    def of_bytes(cls, num_ranks: int, nbytes: int) -> Capacity:
-        """The division of a heap of about `nbytes` bytes: a sixteenth for routing."""
-        share = nbytes // 16 // (2 * num_ranks) // _LINE * _LINE
-        zone = (nbytes - 2 * num_ranks * share) // NUM_ZONES // _PAGE * _PAGE
-        return cls(num_ranks, share, max(zone, 0))
+    def land(self, *, keep: bool) -> Landed:
+        """See `Landing.land`."""
+        among = [peer for peer in range(len(self.eras)) if peer not in self._lost()]
+        waited_us = self.control.wait(Signal.LANDED, self.call, phase="land", among=among)
+        lost = self._lost()
+        if self.shipment.num_slots:
+            return Landed(self._regions(lost), waited_us, lost)
+        return Landed([[rows] for rows in self._packed(keep=keep)], waited_us, lost)
 
-    def covering(self, headers: Sequence[Header]) -> Capacity:
-        """Room for these calls too, if every rank has as many tokens as the largest of them."""
-        tokens = max(max(told.num_tokens, told.reserve_tokens) for told in headers)
-        row_bytes = max(max(told.row_bytes, told.return_bytes) for told in headers)
-        share = align(max(told.share_bytes for told in headers), _LINE)
-        zone = align(self.num_ranks * tokens * row_bytes + _MAX_PLANES * _LINE, _PAGE)
-        if share <= self.share_bytes and zone <= self.zone_bytes:
-            return self
-        return Capacity(self.num_ranks, max(share, self.share_bytes), max(zone, self.zone_bytes))
+    def _lost(self) -> frozenset[int]:
+        """Ranks whose rows do not count: masked before the call, or at some time since."""
+        now = self.roster.eras
+        lost = {peer for peer, era in enumerate(self.eras) if now[peer] != era}
+        alone = self.rank in lost or self.rank in self.absent
+        return frozenset(range(len(now))) if alone else self.absent | lost
 
-    def enlarged(self) -> Capacity:
-        """A quarter more, so that slowly growing calls do not grow the heap each time."""
-        return replace(
-            self,
-            share_bytes=align(self.share_bytes * 5 // 4, _LINE),
-            zone_bytes=align(self.zone_bytes * 5 // 4, _PAGE),
-        )
+    def _regions(self, lost: frozenset[int]) -> list[list[torch.Tensor]]:
+        """For each plane the rows of every rank, in its region of the lent zone."""
+        planes = self.shipment.planes
+        size = self.generation.capacity.region_bytes
+        pieces = []
+        for src, row in enumerate(self.shipment.counts):
+            region = self.lent[src * size : (src + 1) * size]
+            pieces.append(divide(region, planes, 0 if src in lost else row[self.rank]))
+        return [list(of_plane) for of_plane in zip(*pieces, strict=True)]
 
-    @property
-    def zones_begin(self) -> int:
-        """Byte offset of the first zone."""
-        return align(2 * self.num_ranks * self.share_bytes, _PAGE)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the whole heap."""
-        return self.zones_begin + NUM_ZONES * self.zone_bytes
-
-    def share_at(self, call: Call, src: int) -> int:
-        """Byte offset of the share that rank `src` sends in this call."""
-        return ((call.sequence % 2) * self.num_ranks + src) * self.share_bytes
-
-    def zone_at(self, zone: int) -> int:
-        """Byte offset of a zone."""
-        return self.zones_begin + zone * self.zone_bytes
-
-
-class _Generation:
-    """One heap of all ranks, from one growth to the next."""
-
-    def __init__(self, heap: Heap, capacity: Capacity, rank: int) -> None:
-        self.capacity = capacity
-        self._heap = heap
-        self._rank = rank
-        self.free = deque(range(NUM_ZONES))
-
-    def share(self, call: Call, *, src: int, dst: int) -> torch.Tensor:
-        """Where rank `src` leaves its share for rank `dst`."""
-        begin = self.capacity.share_at(call, src)
-        return self._heap.peer(dst)[begin : begin + self.capacity.share_bytes]
-
-    def zone(self, rank: int, zone: int) -> torch.Tensor:
-        """A zone of a rank, as bytes."""
-        begin = self.capacity.zone_at(zone)
-        return self._heap.peer(rank)[begin : begin + self.capacity.zone_bytes]
-
-    def lend(self, zone: int, nbytes: int) -> torch.Tensor:
-        """The beginning of a zone of this rank, which is free again once no tensor refers to it."""
-        begin = self.capacity.zone_at(zone)
-        span = self._heap.span(self._rank, begin, begin + self.capacity.zone_bytes)
-        self.free.remove(zone)
-        weakref.finalize(span, self.free.append, zone).atexit = False
-        return torch.frombuffer(span, dtype=torch.uint8, count=nbytes)
-
-    def zones(self) -> torch.Tensor:
-        """All zones of this rank, as bytes."""
-        return self._heap.peer(self._rank)[self.capacity.zones_begin :]
+    def _packed(self, *, keep: bool) -> list[torch.Tensor]:
+        planes, num_rows = self.shipment.planes, self.shipment.num_arriving(self.rank)
+        if keep and num_rows and len(self.generation.free) > 1:
+            lent = self.generation.lend(self.zone, max(used_bytes(planes, num_rows), 1))
+            return divide(lent, planes, num_rows)
+        landed = divide(self.generation.zone(self.rank, self.zone), planes, num_rows)
+        return [ops.place(area, num_rows) for area in landed] if keep else landed
 
 
 class OneSided:
@@ -136,8 +101,9 @@ class OneSided:
         topology: the group.
         reserve: makes this rank's segment of so many bytes.
         join: makes a heap of the segments of all ranks.
-        start_bytes: size of the first heap; 0 to wait for the first call.
+        start: division of the first heap; None to wait for the first call.
         max_bytes: limit of the heap of one rank; 0 for none.
+        can_shrink: whether calls that can go on without a rank that is late.
 
     Collective: making one. Sync: waits for all ranks, as long as the group does.
     """
@@ -151,18 +117,25 @@ class OneSided:
         *,
         reserve: Callable[[int], Segment] = Segment,
         join: Callable[[Segment, Sequence[Address]], Heap] = ShmHeap,
-        start_bytes: int = 0,
+        start: Capacity | None = None,
         max_bytes: int = 0,
+        can_shrink: bool = False,
     ) -> None:
         self._rank, self._num_ranks = topology.rank, topology.num_ranks
         self._reserve, self._join = reserve, join
         self._max_bytes = max_bytes
-        start = Capacity.of_bytes(self._num_ranks, start_bytes)
+        if can_shrink and self._num_ranks > MAX_MASKABLE_RANKS:
+            raise TransportError(f"masks are for at most {MAX_MASKABLE_RANKS} ranks")
+        start = start or Capacity(self._num_ranks)
+        self._roster = Roster(self._rank, self._num_ranks, can_shrink=can_shrink)
         self._control_heap = self._open(topology, self._num_ranks * BLOCK_BYTES)
-        self._control = Control(self._control_heap, rank=self._rank, num_ranks=self._num_ranks)
+        self._control = Control(
+            self._control_heap, rank=self._rank, num_ranks=self._num_ranks, roster=self._roster
+        )
         heap = self._open(topology, max(start.nbytes, _PAGE))
-        self._current = _Generation(heap, start, self._rank)
+        self._current = Generation(heap, start, self._rank)
         self._zones: list[int] = []
+        self.masks: Masks | None = _Masks(self._roster, self._control) if can_shrink else None
 
     def _open(self, topology: Topology, nbytes: int) -> Heap:
         """Open a heap over the bootstrap; every rank raises if one cannot."""
@@ -178,22 +151,53 @@ class OneSided:
 
     def route(self, call: Call, header: Header, share: torch.Tensor) -> Routed:
         """See `Transport.route`."""
-        self._control.wait(Signal.POSTED, call, phase="route", sequence=call.sequence - 1)
+        if self._roster.is_alone:
+            return self._alone(call)
+        self._control.wait_for_call_before(call)
         self._check_limit(call, header)
-        generation = self._current
-        if share.numel() <= generation.capacity.share_bytes:
+        if share.numel() <= self._current.capacity.share_bytes:
             self._post_share(call, share)
-        self._control.post_header(call, header._replace(zone=generation.free[-1]))
-        self._control.wait(Signal.POSTED, call, phase="route")
-        headers = self._control.headers(call)
-        check_agreement(headers, call, reason_of=lambda r: self._control.reason_of(call, r))
+        told = header._replace(zone=self._free_zone(header), masked=self._roster.bits)
+        self._control.post_header(call, told)
+        waited_us = self._control.wait(Signal.POSTED, call, phase="route")
+        self._roster.newcomers = frozenset()
+        if self._roster.is_alone:
+            return self._alone(call)
+        headers = self._agreed(call)
         if self._grow(call, headers):
-            headers = [told._replace(zone=NUM_ZONES - 1) for told in headers]
+            last = (NUM_LANDING_ZONES if header.num_slots else NUM_ZONES) - 1
+            headers = [told._replace(zone=last) for told in headers]
             self._post_share(call, share)
             self._control.signal(Signal.SHARED, call)
             self._control.wait(Signal.SHARED, call, phase="route")
         self._zones = [told.zone for told in headers]
-        return Routed(headers, self._shares(call, headers))
+        return Routed(headers, self._shares(call, headers), waited_us, self._roster.absent())
+
+    def _free_zone(self, header: Header) -> int:
+        """The zone where this rank wants its rows."""
+        free = self._current.free_landing if header.num_slots else self._current.free
+        return free[-1]
+
+    def _agreed(self, call: Call) -> list[Header]:
+        """The headers of a call that all ranks make alike."""
+        headers, absent = self._control.headers(call), self._roster.absent()
+        if absent and not call.operation.can_shrink:
+            raise UnsupportedError(f"{call} needs all ranks, but {sorted(absent)} are masked")
+        check_agreement(
+            headers,
+            call,
+            reason_of=lambda rank: self._control.reason_of(call, rank),
+            masked=absent,
+        )
+        return headers
+
+    def _alone(self, call: Call) -> Routed:
+        """What a masked rank learns: nothing."""
+        if not call.operation.can_shrink:
+            raise UnsupportedError(f"{call}: the other ranks have masked this one")
+        nothing = torch.empty(0, dtype=torch.uint8, device="cpu")
+        every, num = self._roster.absent(), self._num_ranks
+        return Routed([Header()] * num, [nothing] * num, [0] * num, every)
 
     def _post_share(self, call: Call, share: torch.Tensor) -> None:
         for dst in range(self._num_ranks):
@@ -205,34 +209,56 @@ class OneSided:
             for src, told in enumerate(headers)
         ]
 
-    def move(self, call: Call, shipment: Shipment, *, keep: bool) -> list[torch.Tensor]:
-        """See `Transport.move`."""
+    def send(self, call: Call, shipment: Shipment) -> _Landing:
+        """See `Transport.send`."""
+        landing = self._landing(call, shipment)
         for step in range(1, self._num_ranks + 1):
             dst = (self._rank + step) % self._num_ranks
-            begin = shipment.num_arriving(dst, before=self._rank)
-            mine = slice(begin, begin + shipment.counts[self._rank][dst])
-            zone = self._current.zone(dst, self._zones[dst])
-            areas = _divide(zone, shipment.planes, shipment.num_arriving(dst))
+            if dst in landing.absent:
+                continue
+            areas = self._areas(shipment, dst)
             for plane, area in zip(shipment.planes, areas, strict=True):
-                ops.send(plane, shipment.sends[dst], area[mine])
+                ops.send(plane, shipment.sends[dst], area)
             self._control.signal(Signal.LANDED, call, peer=dst)
-        self._control.wait(Signal.LANDED, call, phase="land")
-        return self._received(shipment.planes, shipment.num_arriving(self._rank), keep=keep)
+        return landing
 
-    def _received(
-        self, planes: Sequence[torch.Tensor], num_rows: int, *, keep: bool
-    ) -> list[torch.Tensor]:
-        zone = self._zones[self._rank]
-        if keep and num_rows and len(self._current.free) > 1:
-            lent = self._current.lend(zone, max(_used_bytes(planes, num_rows), 1))
-            return _divide(lent, planes, num_rows)
-        landed = _divide(self._current.zone(self._rank, zone), planes, num_rows)
-        return [ops.place(area, num_rows) for area in landed] if keep else landed
+    def _landing(self, call: Call, shipment: Shipment) -> _Landing:
+        alone = self._roster.is_alone
+        zone = 0 if alone else self._zones[self._rank]
+        lent = torch.empty(0, dtype=torch.uint8, device="cpu")
+        if shipment.num_slots and not alone:
+            lent = self._current.lend_landing(zone)
+        return _Landing(
+            self._control,
+            self._roster,
+            call,
+            shipment,
+            self._current,
+            zone,
+            lent,
+            eras=tuple(self._roster.eras),
+            absent=self._roster.absent(),
+            rank=self._rank,
+        )
+
+    def _areas(self, shipment: Shipment, dst: int) -> list[torch.Tensor]:
+        """Where the rows of this rank belong in the memory of another."""
+        num_rows = shipment.counts[self._rank][dst]
+        if shipment.num_slots:
+            region = self._current.region(dst, self._zones[dst], src=self._rank)
+            return divide(region, shipment.planes, num_rows)
+        begin = shipment.num_arriving(dst, before=self._rank)
+        zone = self._current.zone(dst, self._zones[dst])
+        areas = divide(zone, shipment.planes, shipment.num_arriving(dst))
+        return [area[begin : begin + num_rows] for area in areas]
 
     def refuse(self, call: Call, header: Header, reason: str) -> None:
         """See `Transport.refuse`."""
-        self._control.wait(Signal.POSTED, call, phase="route", sequence=call.sequence - 1)
-        self._control.post_header(call, header._replace(refused=1), reason=reason)
+        if self._roster.is_alone:
+            return
+        self._control.wait_for_call_before(call)
+        told = header._replace(refused=1, masked=self._roster.bits)
+        self._control.post_header(call, told, reason=reason)
 
     def fail(self, call: Call, error: BaseException) -> None:
         """See `Transport.fail`."""
@@ -245,6 +271,7 @@ class OneSided:
             "control": self._control_heap.nbytes,
             "routing": capacity.zones_begin,
             "zones": NUM_ZONES * capacity.zone_bytes,
+            "landing": NUM_LANDING_ZONES * capacity.landing_bytes,
         }
 
     def local_memory(self) -> torch.Tensor | None:
@@ -272,6 +299,10 @@ class OneSided:
         wanted = have.covering(headers)
         if wanted is have:
             return False
+        if self._roster.absent():
+            raise BufferTooSmallError(
+                wanted.nbytes, have.nbytes, argument="num_rdma_bytes", rank=self._rank
+            )
         roomy = wanted.enlarged() if have.zone_bytes else wanted
         fits = not self._max_bytes or roomy.nbytes <= self._max_bytes
         self._replace_heap(call, roomy if fits else wanted)
@@ -289,7 +320,7 @@ class OneSided:
         notes = self._control.notes()
         _raise_any({r: f"{note[2]} bytes" for r, note in enumerate(notes) if note[3]})
         heap = self._join(cast("Segment", segment), [Address(*note[:3]) for note in notes])
-        self._current = _Generation(heap, capacity, self._rank)
+        self._current = Generation(heap, capacity, self._rank)
 
 
 def _try(make: Callable[[], _Made]) -> _Made | Exception:
@@ -306,19 +337,20 @@ def _raise_any(problems: Mapping[int, str]) -> None:
         raise TransportError(f"shared memory could not be had: {told}")
 
 
-def _used_bytes(planes: Sequence[torch.Tensor], num_rows: int) -> int:
-    """What `_divide` cuts off a zone."""
-    sizes = (num_rows * plane.shape[1] * plane.dtype.itemsize for plane in planes)
-    return sum(align(nbytes, _LINE) for nbytes in sizes)
+class _Masks(NamedTuple):
+    """See `Masks`."""
 
+    roster: Roster
+    control: Control
 
-def _divide(
-    zone: torch.Tensor, planes: Sequence[torch.Tensor], num_rows: int
-) -> list[torch.Tensor]:
-    """Cut a zone into areas of `num_rows` rows, one like each plane."""
-    areas, at = [], 0
-    for plane in planes:
-        nbytes = num_rows * plane.shape[1] * plane.dtype.itemsize
-        areas.append(zone[at : at + nbytes].view(plane.dtype).view(num_rows, plane.shape[1]))
-        at += align(nbytes, _LINE)
-    return areas
+    def mask(self, rank: int) -> None:
+        self.roster.mask(rank)
+
+    def unmask(self, rank: int) -> None:
+        self.roster.unmask(rank)
+
+    def masked(self) -> frozenset[int]:
+        return self.roster.masked
+
+    def catch_up(self, sequence: int, timeout_s: float) -> int:
+        return self.control.catch_up(sequence, timeout_s) if self.roster.returning else sequence

@@ -7,24 +7,31 @@ they raise a reason instead of waiting for a deadline. What the calls do is the 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from crossdock.errors import (
     BufferTooSmallError,
+    HandleError,
     PeerRefusedError,
     RankMismatchError,
     TransportError,
+    UnsupportedError,
 )
-from crossdock.formats import TokenFormat
-from crossdock.transports.base import Call, Header, Operation, Routed, Shipment, Transport
+from crossdock.formats import RowFormat
+from crossdock.transports.base import Landed, Landing, Routed, Shipment, Transport
+from crossdock.transports.header import Call, Header, Operation
 
-__all__ = ["Attempt", "Session", "Timeouts"]
+__all__ = ["MAX_IN_FLIGHT", "Attempt", "Receive", "Session", "Timeouts"]
 
-_IN_STEP = (RankMismatchError, PeerRefusedError, BufferTooSmallError)
+MAX_IN_FLIGHT = 2
+"""Calls of one kind that may wait for their receiving half at a time."""
+
+_IN_STEP = (RankMismatchError, PeerRefusedError, BufferTooSmallError, UnsupportedError)
 """Errors that every rank raises in the same call, so that the next call finds all ranks in step."""
 
 
@@ -50,7 +57,7 @@ class Attempt:
         self.open = False
         self._transport = transport
 
-    def header(self, form: TokenFormat, **rest: int) -> Header:
+    def header(self, form: RowFormat, **rest: int) -> Header:
         """A header for this call, with rows of this format."""
         return Header(
             operation=self.call.operation,
@@ -66,11 +73,69 @@ class Attempt:
         nothing = torch.empty(0, dtype=torch.uint8, device="cpu")
         return self._transport.route(self.call, header, nothing if share is None else share)
 
-    def move(self, shipment: Shipment, *, keep: bool) -> list[torch.Tensor]:
-        """See `Transport.move`."""
-        rows = self._transport.move(self.call, shipment, keep=keep)
+    def send(self, shipment: Shipment) -> Landing:
+        """See `Transport.send`. Waiting for the rows is `Session.receive`'s matter."""
+        landing = self._transport.send(self.call, shipment)
         self.open = False
-        return rows
+        return landing
+
+    def move(self, shipment: Shipment, *, keep: bool) -> Landed:
+        """Send rows and wait for those that come."""
+        landed = self._transport.send(self.call, shipment).land(keep=keep)
+        self.open = False
+        return landed
+
+
+class Receive:
+    """The receiving half of a call: run once, by any thread; running it again does nothing.
+
+    Sync: waits for the rows of all ranks. Collective: no; in any order with other calls.
+    """
+
+    def __init__(self, run: Callable[[], None], done: Callable[[], None]) -> None:
+        self._run: Callable[[], None] | None = run
+        self._done = done
+        self._lock = threading.Lock()
+
+    def __call__(self) -> None:
+        """Receive."""
+        with self._lock:
+            run, self._run = self._run, None
+            if run is None:
+                return
+            try:
+                run()
+            finally:
+                # What it holds of the landing zone goes before another call may ask for one.
+                del run
+                self._done()
+
+
+class _Flights:
+    """Counts the calls whose receiving half has not run."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._num: dict[Operation, int] = {}
+
+    def begin(self, operation: Operation) -> None:
+        """Count one more.
+
+        Raises:
+            HandleError: there are as many as there may be.
+        """
+        with self._lock:
+            if self._num.get(operation, 0) >= MAX_IN_FLIGHT:
+                raise HandleError(
+                    f"{MAX_IN_FLIGHT} calls of {operation} are in flight already: "
+                    f"run the hook of one of them first"
+                )
+            self._num[operation] = self._num.get(operation, 0) + 1
+
+    def end(self, operation: Operation) -> None:
+        """Count one less."""
+        with self._lock:
+            self._num[operation] -= 1
 
 
 class Session:
@@ -88,6 +153,7 @@ class Session:
         self._lock = threading.Lock()
         self._sequence = 0
         self._used: set[Operation] = set()
+        self._flights = _Flights()
         self._failure: TransportError | None = None
 
     @contextmanager
@@ -99,7 +165,7 @@ class Session:
         """
         with self._lock:
             self.check()
-            self._sequence += 1
+            self._sequence = self._last() + 1
             first = operation not in self._used
             timeout_s = self._timeouts.first_call_s if first else self._timeouts.steady_s
             attempt = Attempt(Call(operation, self._sequence, timeout_s), self.transport)
@@ -109,6 +175,54 @@ class Session:
                 self._tell(attempt, error)
                 raise
             self._used.add(operation)
+
+    def _last(self) -> int:
+        """The number of the call before this one."""
+        masks = self.transport.masks
+        if masks is None:
+            return self._sequence
+        return masks.catch_up(self._sequence, self._timeouts.first_call_s)
+
+    @contextmanager
+    def flight(self, operation: Operation) -> Iterator[Attempt]:
+        """A call whose receiving half runs later: in flight from its beginning.
+
+        Raises:
+            HandleError: too many are in flight already.
+            Others: as `call`.
+        """
+        with self.checking(operation):
+            self._flights.begin(operation)
+        try:
+            with self.call(operation) as attempt:
+                yield attempt
+        except BaseException:
+            self._flights.end(operation)
+            raise
+
+    def receive(self, call: Call, run: Callable[[], None]) -> Receive:
+        """The receiving half of a call, after which it is in flight no more."""
+
+        def receive() -> None:
+            with self._landing(call):
+                run()
+
+        return Receive(receive, partial(self._flights.end, call.operation))
+
+    @contextmanager
+    def _landing(self, call: Call) -> Iterator[None]:
+        """Wait for the rows of an earlier call, beside other calls; the peers hear if it fails."""
+        self.check()
+        try:
+            yield
+        except BaseException as error:
+            self._give_up(call, error)
+            raise
+
+    def _give_up(self, call: Call, error: BaseException) -> None:
+        told = f"{call} was abandoned: {type(error).__name__}: {error}"
+        self._failure = error if isinstance(error, TransportError) else TransportError(told)
+        self.transport.fail(call, error)
 
     def _tell(self, attempt: Attempt, error: BaseException) -> None:
         """After an error: tell the peers what they cannot know."""
@@ -120,9 +234,7 @@ class Session:
             except TransportError as lost:
                 self._failure = lost
         elif (attempt.open or not attempt.entered) and not isinstance(error, _IN_STEP):
-            told = f"{call} was abandoned: {type(error).__name__}: {error}"
-            self._failure = error if isinstance(error, TransportError) else TransportError(told)
-            self.transport.fail(call, error)
+            self._give_up(call, error)
 
     @contextmanager
     def checking(self, operation: Operation) -> Iterator[None]:
