@@ -19,6 +19,7 @@ NUM_LANDING_ZONES = 4
 """Equal zones for low-latency calls: two dispatches and two combines may be in flight."""
 
 _ROUTING_BYTES_PER_TOKEN = 256
+_MAX_TOPK = 32
 _SCALE_UP_LIMIT = 8
 
 
@@ -93,12 +94,14 @@ class Config:
 def low_latency_size_hint(num_slots: int, hidden: int, num_ranks: int) -> int:
     """Bytes of a buffer for low-latency calls: every call in flight has a row for each token.
 
-    That is `4 * R * M * 2H` (bf16 rows come back), and a sixteenth of the whole for routing.
+    That is `4 * R * M * 2H` (bf16 rows come back), and a sixteenth of the whole for routing, at
+    least for top-32.
 
     Args:
         num_slots: M, tokens of a rank at most.
         hidden: H.
         num_ranks: R.
     """
-    region = align(num_slots * 2 * hidden + 4096, 4096)
-    return align(NUM_LANDING_ZONES * num_ranks * region * 16 // 15 + 16, 4096)
+    rows = NUM_LANDING_ZONES * align(num_slots * 2 * hidden + 4096, 4096) * 16 // 15
+    shares = 16 * 2 * align(num_slots * _MAX_TOPK * 8, 64)
+    return align(num_ranks * max(rows, shares) + 16, 4096)

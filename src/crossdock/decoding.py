@@ -53,7 +53,9 @@ class DecodingCalls:
     ) -> int:
         """Bytes to give as `num_rdma_bytes` to a buffer for low-latency calls of this size.
 
-        The number of experts does not matter: a row crosses once per rank, not per expert.
+        The number of experts does not matter: a row crosses once per rank, not per expert. With
+        `partials="fp32"` rows come back twice as wide: give twice as much. A buffer grows when
+        this was too little, except while ranks are masked.
 
         Args:
             num_max_dispatch_tokens_per_rank: M.

@@ -130,7 +130,9 @@ class LowLatency:
         with self._session.flight(Operation.LOW_LATENCY_DISPATCH) as attempt:
             planes = encode(x, form)
             header = self._header(attempt, row, selection)._replace(
-                num_slots=num_slots, num_experts=num_experts
+                num_slots=num_slots,
+                num_experts=num_experts,
+                return_bytes=row.hidden * self._partials.itemsize,
             )
             routed = attempt.route(header, selection.to_bytes())
             table = _table(routed, selection)
@@ -235,7 +237,6 @@ class LowLatency:
 
     def _header(self, attempt: Attempt, row: RowFormat, selection: Selection) -> Header:
         num_tokens, num_topk = selection.topk_idx.shape
-        back = row.hidden * max(self._partials.itemsize, 2)
         return attempt.header(
             row,
             num_tokens=num_tokens,
@@ -243,7 +244,6 @@ class LowLatency:
             flags=int(selection.topk_weights is not None),
             share_bytes=selection.num_bytes,
             row_bytes=row.row_bytes,
-            return_bytes=back,
         )
 
     def _present(self, selection: Selection, routed: Routed, num_experts: int) -> torch.Tensor:

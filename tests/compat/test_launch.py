@@ -17,6 +17,7 @@ import deep_ep
 from crossdock.worlds import Pool
 
 PROGRAM = "tests.compat.intranode_program"
+LOW_LATENCY_PROGRAM = "tests.compat.low_latency_program"
 ROOT = Path(__file__).parents[2]
 
 
@@ -42,13 +43,20 @@ def test_torchrun() -> None:
     assert "24 combinations passed on 2 ranks" in told
 
 
-def test_spawn_with_init_dist() -> None:
+def spawn_program(program: str) -> str:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     arguments = ("--num-processes=2", "--num-tokens=16")
-    told = run_program(PROGRAM, *arguments, variables={"MASTER_PORT": port})
-    assert "24 combinations passed on 2 ranks" in told
+    return run_program(program, *arguments, variables={"MASTER_PORT": port})
+
+
+def test_spawn_with_init_dist() -> None:
+    assert "24 combinations passed on 2 ranks" in spawn_program(PROGRAM)
+
+
+def test_spawn_of_the_low_latency_program() -> None:
+    assert "24 rounds passed on 2 ranks" in spawn_program(LOW_LATENCY_PROGRAM)
 
 
 class MpiLike:

@@ -35,11 +35,12 @@ NAMES = {
     "deep_ep.utils.math": [
         "align",
         "calc_diff",
+        "hash_tensor",
         "inplace_unique",
         "per_token_cast_back",
         "per_token_cast_to_fp8",
     ],
-    "deep_ep.utils.testing": ["bench"],
+    "deep_ep.utils.testing": ["bench", "bench_kineto"],
     "deep_ep_cpp": ["Config", "EventHandle", "topk_idx_t"],
 }
 
@@ -52,19 +53,28 @@ ABSENT = {
     ],
     "deep_ep.buffers": ["elastic"],
     "deep_ep.utils": ["check_nvlink_connections", "gate", "refs"],
-    "deep_ep.utils.testing": ["bench_kineto"],
 }
 
-ABSENT_METHODS = [
-    "clean_low_latency_buffer",
-    "get_low_latency_rdma_size_hint",
-    "get_next_low_latency_combine_buffer",
-    "low_latency_clean_mask_buffer",
-    "low_latency_combine",
-    "low_latency_dispatch",
-    "low_latency_query_mask_buffer",
-    "low_latency_update_mask_buffer",
-]
+ABSENT_METHODS = ["fused_deep_moe", "internode_combine", "internode_dispatch", "notify_verify"]
+"""Of DeepEP-Ascend, and what DeepEP's own methods call."""
+
+ADDITIONS = {
+    "__init__": {
+        "use_fabric": False,
+        "transport": None,
+        "max_tokens_per_rank": 0,
+        "max_buffer_bytes": 0,
+        "low_latency_format": "fp8",
+        "low_latency_rows": "slab",
+        "partials": "bf16",
+        "timeout_s": None,
+        "first_call_timeout_s": None,
+    },
+    "combine": {"combine_wait_recv_cost_stats": None},
+    "dispatch": {"dispatch_wait_recv_cost_stats": None},
+    "low_latency_dispatch": {"topk_weights": None},
+}
+"""Arguments of Buffer's methods that are crossdock's own, with their defaults."""
 
 OPTIONAL_HERE = {("Buffer", "__init__", "group")}
 """Required by DeepEP; None here, for the default group or a world of one rank."""
@@ -87,7 +97,7 @@ def test_what_crossdock_lacks_is_absent(module: str, names: list[str]) -> None:
 
 
 @pytest.mark.parametrize("name", ABSENT_METHODS)
-def test_low_latency_methods_are_absent(name: str) -> None:
+def test_methods_that_crossdock_lacks_are_absent(name: str) -> None:
     assert not hasattr(deep_ep.Buffer, name)
 
 
@@ -134,17 +144,19 @@ def test_additions_are_optional_keywords(owner: str, method: str) -> None:
         assert parameter.default is not inspect.Parameter.empty
 
 
+@pytest.mark.parametrize("method", SIGNATURES["Buffer"])
+def test_additions_are_the_known_ones(method: str) -> None:
+    """Whoever adds an argument says so here."""
+    added = _parameters("Buffer", method)[len(SIGNATURES["Buffer"][method]) :]
+    assert {each.name: each.default for each in added} == ADDITIONS.get(method, {})
+
+
 def test_every_method_of_a_call_is_in_the_table() -> None:
     """A public method of Buffer is DeepEP's, and in the table, or a known addition."""
     additions = {"check", "warmup"}
     public = {name for name, _ in inspect.getmembers(deep_ep.Buffer, inspect.isroutine)}
     named = {name for name in public if not name.startswith("_")}
     assert named - additions == {*SIGNATURES["Buffer"]} - {"__init__"}
-
-
-def test_use_fabric_is_a_keyword() -> None:
-    parameter = inspect.signature(deep_ep.Buffer).parameters["use_fabric"]
-    assert (parameter.kind, parameter.default) == (inspect.Parameter.KEYWORD_ONLY, False)
 
 
 @pytest.mark.parametrize(("owner", "method"), PAIRS)
@@ -169,6 +181,14 @@ def test_static_methods_need_no_instance() -> None:
     assert isinstance(deep_ep.Buffer.capture(), deep_ep.EventOverlap)
     assert isinstance(deep_ep.Buffer.get_dispatch_config(8), deep_ep.Config)
     assert isinstance(deep_ep.Buffer.get_combine_config(8), deep_ep.Config)
+
+
+def test_low_latency_size_hint_goes_by_position_and_by_name() -> None:
+    by_position = deep_ep.Buffer.get_low_latency_rdma_size_hint(128, 7168, 8, 256)
+    by_name = deep_ep.Buffer.get_low_latency_rdma_size_hint(
+        num_max_dispatch_tokens_per_rank=128, hidden=7168, num_ranks=8, num_experts=256
+    )
+    assert by_position == by_name > 8 * 128 * 7168
 
 
 def test_number_of_sms_is_of_the_class(monkeypatch: pytest.MonkeyPatch) -> None:

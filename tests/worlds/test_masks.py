@@ -208,6 +208,49 @@ def die_at(buffer: Buffer, phase: str) -> None:
         transport._control.signal = signal_once
 
 
+def die_while_combining(rank: int, num_ranks: int) -> tuple[bool, str]:
+    """The victim is killed when its sums have reached one of the others.
+
+    Returns:
+        Whether this rank's result is with what the victim sent, and what is wrong with it.
+    """
+    buffer, given = open_buffer(dist.group.WORLD), make_round(1)
+    buffer.warmup(SLOTS, HIDDEN)
+    x, idx, weights = (each[rank] for each in given)
+    rows, _, handle, _, _ = buffer.low_latency_dispatch(x, idx, SLOTS, EXPERTS, use_fp8=False)
+    if rank == VICTIM:
+        die_at(buffer, "half sent")
+    combined, _, receive = buffer.low_latency_combine(
+        rows, idx, weights, handle, return_recv_hook=True
+    )
+    receive()
+    answers = oracle.dispatch(given.xs, given.topk_idxs, num_experts=EXPERTS, format="bf16")
+    of_victim = [torch.zeros_like(each) for each in answers[VICTIM].rows]
+    all_rows = [each.rows for each in answers]
+    without = [*all_rows[:VICTIM], of_victim, *all_rows[VICTIM + 1 :]]
+    near = [
+        torch.allclose(
+            combined.double(),
+            oracle.combine(made, given.topk_idxs, given.topk_weights, num_experts=EXPERTS)[
+                rank
+            ].combined,
+            rtol=2**-7,
+            atol=1e-3,
+        )
+        for made in (all_rows, without)
+    ]
+    time.sleep(0.5)
+    return near[0], "" if any(near) else "neither with the victim's sums nor without them"
+
+
+def test_who_is_lost_in_a_combine_contributes_what_has_arrived_or_nothing() -> None:
+    with pytest.raises(worlds.WorldError) as caught:
+        worlds.spawn(die_while_combining, NUM_RANKS, timeout_s=60)
+    told = {rank: each for rank, each in caught.value.results.items() if each}
+    assert {rank: fault for rank, (_, fault) in told.items()} == {0: "", 1: "", 3: ""}
+    assert not all(is_whole for is_whole, _ in told.values())
+
+
 def survivors(shrink: bool, phase: str) -> dict[int, dict[str, Any]]:
     with pytest.raises(worlds.WorldError) as caught:
         worlds.spawn(die_in_the_middle, NUM_RANKS, shrink, phase, timeout_s=60)

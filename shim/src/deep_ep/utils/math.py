@@ -1,5 +1,7 @@
 """Arithmetic of test programs: rounding up, comparing, fp8 with one scale per 128 columns.
 
+What decoding programs need of it too: scales may be packed powers of two, and in any layout.
+
 Legend: T rows, H columns, B = ceil(H / 128) blocks of columns, K selections of a row.
 """
 
@@ -10,6 +12,7 @@ import torch
 __all__ = [
     "align",
     "calc_diff",
+    "hash_tensor",
     "inplace_unique",
     "per_token_cast_back",
     "per_token_cast_to_fp8",
@@ -34,6 +37,16 @@ def calc_diff(x: torch.Tensor, y: torch.Tensor) -> float:
     x, y = x.to(torch.float64), y.to(torch.float64)
     size = (x * x + y * y).sum().item()
     return 1.0 - 2.0 * (x * y).sum().item() / size if size != 0.0 else 0.0
+
+
+def hash_tensor(t: torch.Tensor) -> int:
+    """The sum of a tensor's bytes, read as int32: equal for equal tensors, of any dtype.
+
+    Rows that change places do not change it, so results whose rows come in any order compare too.
+    """
+    raw = t.clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8)
+    words = torch.nn.functional.pad(raw, (0, -raw.numel() % 4)).view(torch.int32)
+    return int(words.sum(dtype=torch.int64).item())
 
 
 def _blocks(x: torch.Tensor) -> torch.Tensor:
@@ -62,8 +75,9 @@ def per_token_cast_to_fp8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _unpack_ue8m0(packed: torch.Tensor) -> torch.Tensor:
     """Int32 words of four exponent bytes each, as float32 powers of two."""
-    exponents = packed.contiguous().view(torch.uint8).to(torch.int32)
-    return (exponents << 23).view(torch.float32)
+    shifts = torch.arange(0, 32, 8, dtype=torch.int32, device=packed.device)
+    exponents = (packed.unsqueeze(-1) >> shifts) & 255
+    return torch.bitwise_left_shift(exponents, 23).view(torch.float32).flatten(-2)
 
 
 def per_token_cast_back(x_fp8: torch.Tensor, x_scales: torch.Tensor) -> torch.Tensor:
@@ -71,12 +85,16 @@ def per_token_cast_back(x_fp8: torch.Tensor, x_scales: torch.Tensor) -> torch.Te
 
     Args:
         x_fp8: `[T, H]` float8_e4m3fn.
-        x_scales: `[T, B]` float32, or int32 of UE8M0 exponents packed by four; any strides.
+        x_scales: `[T, B]` float32, or int32 of UE8M0 exponents packed by four; any strides. In
+            another shape they are taken in order, as many for each row.
 
     Returns:
         `[T, H]` bfloat16.
     """
+    if not x_fp8.numel():
+        return x_fp8.to(torch.bfloat16)
     scales = _unpack_ue8m0(x_scales) if x_scales.dtype == torch.int32 else x_scales
+    scales = scales.reshape(x_fp8.size(0), -1)
     blocks = _blocks(x_fp8)
     rows = (blocks * scales[:, : blocks.size(1), None]).flatten(1)[:, : x_fp8.size(1)]
     return rows.to(torch.bfloat16).contiguous()
