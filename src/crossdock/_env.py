@@ -23,7 +23,9 @@ class Variable(NamedTuple):
 
 
 VARIABLES = (
-    Variable("CROSSDOCK_DEBUG", "0", "1: check that is_token_in_rank agrees with topk_idx"),
+    Variable(
+        "CROSSDOCK_DEBUG", "0", "1: check that is_token_in_rank, and combine, agree with topk_idx"
+    ),
     Variable(
         "CROSSDOCK_FIRST_CALL_TIMEOUT_S",
         "600",

@@ -264,19 +264,19 @@ class LowLatencyOptions:
         return _PARTIALS[self.partials]
 
     def chosen(self, *, use_fp8: bool, round_scale: bool, use_ue8m0: bool) -> TokenFormat:
-        """The format of a call.
+        """The format of a call; without `use_fp8` the other switches say nothing.
 
         Raises:
             ConfigError: switches that do not go together, or with the buffer's format.
         """
+        if not use_fp8:
+            return BF16
         if use_ue8m0 and not round_scale:
             raise ConfigError("use_ue8m0 needs round_scale=True: its scales are powers of two")
         form = self.form if isinstance(self.form, TokenFormat) else _FORMATS[self.form]
-        if not use_fp8:
-            form = BF16
         if not round_scale:
             return form
-        if form is not FP8_BLOCK128:
+        if form != FP8_BLOCK128:
             raise ConfigError(f"round_scale and use_ue8m0 are of fp8, the format is {form.name}")
         return FP8_UE8M0 if use_ue8m0 else FP8_ROUND_SCALE
 

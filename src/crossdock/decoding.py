@@ -320,8 +320,9 @@ class DecodingCalls:
         Raises:
             ConfigError: the buffer was made without `enable_shrink`.
         """
-        for rank in sorted(self._masks().masked()):
-            self._masks().unmask(rank)
+        masks = self._masks()
+        for rank in sorted(masks.masked() | {self.rank}):
+            masks.unmask(rank)
 
     def _masks(self) -> Masks:
         masks = self._session.transport.masks

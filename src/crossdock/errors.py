@@ -116,8 +116,8 @@ class PeerTimeoutError(TransportError, TimeoutError):
         missing: the ranks that did not come, ascending.
         operation: what this rank was doing ("dispatch", "combine", ...).
         epoch: number of the call in this buffer, from 1; the same on all ranks.
-        phase: the step that was waited for: "route" (headers and routing), "grow" (memory) or
-            "land" (rows).
+        phase: the step that was waited for: "route" (headers and routing), "grow" (memory), "send"
+            or "land" (rows), or "return" (a call that counts on this rank again).
         waited_s: how long this rank waited, in seconds.
         peers: rank -> the last that was heard of it, as text.
     """

@@ -64,12 +64,16 @@ class _Memory:
 
     Attributes:
         selection: choices, and weights if there were some, of this rank's tokens.
+        number: of the dispatch, the same on all ranks.
         table: every rank's choices with their weights, if dispatch was given weights.
+        received: whether the rows have come.
         combine_buffer: where the caller writes the experts' outputs; None until asked for.
     """
 
     selection: Selection
+    number: int
     table: SelectionTable | None
+    received: bool = False
     combine_buffer: torch.Tensor | None = None
 
 
@@ -142,12 +146,14 @@ class LowLatency:
             landing = attempt.send(Shipment(planes, sends, counts, num_slots=num_slots))
         payload, scales, handle = self._empty_slabs(form, header, compact=compact, like=x)
         known = None if selection.topk_weights is None else table
-        self._memories[handle.src_info] = _Memory(selection, known)
+        memory = _Memory(selection, attempt.call.sequence, known)
+        self._memories[handle.src_info] = memory
 
         def receive() -> None:
             landed = landing.land(keep=True)
             rows = self._fill(handle, table.without(landed.masked))
             self._place(landed, rows, payload, scales=scales, slab_rows=handle.slab_rows)
+            memory.received = True
             count(handle, landed.waited_after(routed))
 
         return Slabs(payload, scales, handle, self._session.receive(attempt.call, receive))
@@ -180,7 +186,7 @@ class LowLatency:
             Others: what `Transport.route` and `Transport.send` raise.
         """
         with self._session.checking(Operation.LOW_LATENCY_COMBINE):
-            known = self._known(handle, selection)
+            number, known = self._recall(handle, selection)
         hidden = handle.hidden
         row = log_row(hidden) if use_logfmt else RowFormat(self._partials, hidden)
         share = selection.to_bytes() if known is None else selection.topk_idx.new_empty(0).byte()
@@ -188,6 +194,7 @@ class LowLatency:
             header = self._header(attempt, row, selection)._replace(
                 num_slots=handle.num_max_dispatch_tokens_per_rank,
                 num_experts=handle.num_experts,
+                checksum=number,
                 flags=int(known is None),
                 share_bytes=share.numel(),
             )
@@ -317,18 +324,21 @@ class LowLatency:
             if scales is not None:
                 place_scales(landed.planes[1][src][whence], where, scales, slab_rows=slab_rows)
 
-    def _known(self, handle: LowLatencyHandle, selection: Selection) -> SelectionTable | None:
-        """Every rank's choices and weights, if dispatch brought them."""
-        memory = self._memories.get(handle.src_info)
+    def _recall(
+        self, handle: LowLatencyHandle, selection: Selection
+    ) -> tuple[int, SelectionTable | None]:
+        """The number of the dispatch, 0 if unknown, and every rank's weights if it brought them."""
+        memory: _Memory | None = self._memories.get(handle.src_info)
         if memory is None:
-            return None
+            return 0, None
+        if not memory.received:
+            raise HandleError("the rows of this dispatch have not been received: run its hook")
         before = memory.selection
         if _env.debug() and not torch.equal(before.topk_idx, selection.topk_idx):
             raise ConfigError("topk_idx of combine is not that of dispatch")
         if memory.table is not None and not _equal(before.topk_weights, selection.topk_weights):
             raise ConfigError("topk_weights of combine are not those that dispatch was given")
-        table: SelectionTable | None = memory.table
-        return table
+        return memory.number, memory.table
 
     def _partial_sums(
         self, x: torch.Tensor, handle: LowLatencyHandle, table: SelectionTable
@@ -373,7 +383,9 @@ def _sum_up(landed: Landed, in_rank: torch.Tensor, out: torch.Tensor, *, hidden:
 
 
 def _equal(before: torch.Tensor | None, now: torch.Tensor | None) -> bool:
-    """Whether two tensors are equal; looked at only on CPU, where looking is free."""
+    """Whether two tensors have the same bits; looked at only on CPU, where looking is free."""
     if before is None or now is None:
         return before is now
-    return before.device.type != "cpu" or torch.equal(before, now)
+    if before.device.type != "cpu":
+        return True
+    return torch.equal(before.contiguous().view(torch.int32), now.contiguous().view(torch.int32))

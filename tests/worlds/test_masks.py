@@ -133,8 +133,12 @@ def test_a_mask_of_one_rank_is_taken_over_by_all(pool: worlds.Pool) -> None:
     assert results == [([], [0, 0, 1, 0])] * NUM_RANKS
 
 
-def fall_asleep(group: Any) -> tuple[list[str], list[int], float]:
-    """A rank oversleeps a deadline; the others go on, and it comes back when all unmask it."""
+def fall_asleep(group: Any, num_alone: int) -> tuple[list[str], list[int], float]:
+    """A rank oversleeps a deadline; the others go on, and it comes back when all unmask it.
+
+    Meanwhile it makes as many rounds alone: fewer than the others, or more, or none, so that it
+    does not know that it was masked.
+    """
     everyone, faults = set(range(NUM_RANKS)), []
     with open_buffer(group, timeout_s=0.5, first_call_timeout_s=5.0) as buffer:
         buffer.warmup(SLOTS, HIDDEN)
@@ -142,8 +146,7 @@ def fall_asleep(group: Any) -> tuple[list[str], list[int], float]:
         begin = time.monotonic()
         if buffer.rank == VICTIM:
             time.sleep(1.5)
-            alone = [go(buffer, number, live=everyone - {VICTIM}) for number in (1, 2)]
-            faults += alone
+            faults += [go(buffer, number, live=everyone - {VICTIM}) for number in range(num_alone)]
         else:
             faults += [go(buffer, number, live=everyone - {VICTIM}) for number in range(1, 6)]
         waited_s = time.monotonic() - begin
@@ -154,13 +157,17 @@ def fall_asleep(group: Any) -> tuple[list[str], list[int], float]:
         return [fault for fault in faults if fault], status, waited_s
 
 
-def test_who_misses_the_deadline_is_masked_and_can_return(pool: worlds.Pool) -> None:
-    results = pool.run(fall_asleep, num_ranks=NUM_RANKS)
+@pytest.mark.parametrize("num_alone", [0, 2, 9])
+def test_who_misses_the_deadline_is_masked_and_can_return(
+    pool: worlds.Pool, num_alone: int
+) -> None:
+    results = pool.run(fall_asleep, num_alone, num_ranks=NUM_RANKS)
     assert [faults for faults, *_ in results] == [[]] * NUM_RANKS
     for rank, (_, status, waited_s) in enumerate(results):
-        assert status == [0, 0, 1, 0], rank
         if rank != VICTIM:
+            assert status == [0, 0, 1, 0], rank
             assert 0.4 < waited_s < 1.4, rank
+    assert results[VICTIM][1] == [0, 0, int(num_alone > 0), 0]
 
 
 def die_in_the_middle(rank: int, num_ranks: int, shrink: bool, phase: str) -> dict[str, Any]:

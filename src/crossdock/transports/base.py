@@ -129,11 +129,14 @@ class Masks(Protocol):
         """The ranks without which the last call went on, and those masked since."""
         ...
 
-    def catch_up(self, sequence: int, timeout_s: float) -> int:
-        """The number of the call before the one that begins now.
+    def catch_up(self, call: Call) -> int:
+        """The number that a call has among the others.
 
-        It is `sequence`, unless this rank comes back after others went on without it: then they
+        It is the call's own, unless this rank comes back after they went on without it: then they
         tell, and this waits for them.
+
+        Raises:
+            PeerTimeoutError: none of them came with a call that counts on this rank.
         """
         ...
 

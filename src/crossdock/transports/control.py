@@ -21,14 +21,14 @@ from typing import NamedTuple
 
 from crossdock.errors import PeerTimeoutError, TransportError
 from crossdock.transports.base import Deadline, Heap
-from crossdock.transports.header import HEADER_WORDS, Call, Header, Operation
+from crossdock.transports.header import HEADER_WORDS, Call, Header
 from crossdock.transports.roster import Roster
 
 __all__ = ["BLOCK_BYTES", "Control", "Signal"]
 
 BLOCK_BYTES = 2048
 _BLOCK_WORDS = BLOCK_BYTES // 8
-_FAILED, _WAITING, _ALIVE, _NOTE, _NOTE_WORDS = 4, 5, 6, 7, 4
+_FAILED, _WAITING, _ALIVE, _EXCLUDED, _NOTE, _NOTE_WORDS = 4, 5, 6, 7, 8, 4
 _HEADERS = _NOTE + _NOTE_WORDS
 _REASONS = _HEADERS + 2 * HEADER_WORDS
 _TEXT_WORDS = (_BLOCK_WORDS - _REASONS) // 3
@@ -176,7 +176,7 @@ class Control:
         try:
             while missing:
                 failed = self._failed()
-                if failed and not self._roster.drop(failed, call):
+                if failed and not self._drop(failed, call):
                     self._raise_failures(failed, call, phase=wanted.phase, waited_s=begin.waited_s)
                 if deadline.passed:
                     deadline = self._give_up(missing, wanted, call, waited_s=begin.waited_s)
@@ -193,8 +193,8 @@ class Control:
     def _behind(self, wanted: _Wanted, call: Call) -> list[int]:
         """The ranks that have not signalled what is wanted; masked ones are not asked."""
         told = self._told[wanted.signal]
-        if self._roster.can_shrink and wanted.signal is Signal.POSTED:
-            self._hear(call)
+        if self._roster.can_shrink:
+            self._hear(call, posted=wanted.signal is Signal.POSTED)
         absent = self._roster.absent()
         ranks = range(self._num_ranks) if wanted.among is None else wanted.among
         return [
@@ -203,11 +203,21 @@ class Control:
             if peer != self._rank and peer not in absent and self._mine[told[peer]] < wanted.number
         ]
 
-    def _hear(self, call: Call) -> None:
-        """Take over the masks that the headers of this call show, as they arrive."""
+    def _hear(self, call: Call, *, posted: bool) -> None:
+        """Take over the masks that headers of this call show, as they arrive; see who left."""
         for peer in range(self._num_ranks):
-            if peer != self._rank and self._mine[self._told[Signal.POSTED][peer]] >= call.sequence:
+            if peer == self._rank or peer in self._roster.masked:
+                continue
+            excluded = self._mine[self._at(peer, _EXCLUDED)]
+            if excluded >= call.sequence and excluded > self._roster.settled:
+                self._roster.leave(peer, call)
+            elif posted and self._mine[self._told[Signal.POSTED][peer]] >= call.sequence:
                 self._roster.hear(peer, self._header(peer, self._slot(call.sequence)), call)
+
+    def exclude(self, ranks: Collection[int], call: Call) -> None:
+        """Tell ranks that this one makes a call without them."""
+        for rank in ranks:
+            self._theirs[rank][self._at(self._rank, _EXCLUDED)] = call.sequence
 
     def _give_up(
         self, missing: list[int], wanted: _Wanted, call: Call, *, waited_s: float
@@ -221,30 +231,43 @@ class Control:
         late = [rank for rank in missing if self._mine[self._at(rank, _ALIVE)] < since]
         if not late:
             return Deadline(_LOOK_AGAIN_S)
-        self._roster.drop(late, call)
+        self._drop(late, call)
         return Deadline(call.timeout_s)
 
-    def catch_up(self, sequence: int, timeout_s: float) -> int:
-        """For a rank that comes back: wait for a header that counts on it; the number before it.
+    def _drop(self, late: Sequence[int], call: Call) -> bool:
+        """Mask ranks and tell them, if the call goes on without them; whether it does."""
+        dropped = self._roster.drop(late, call)
+        if dropped:
+            self.exclude(late, call)
+        return dropped
+
+    def catch_up(self, call: Call) -> int:
+        """The number of a call, for a rank that comes back: that of a header that counts on it.
 
         Raises:
             PeerTimeoutError: no rank came with such a call before the deadline.
         """
-        call = Call(Operation.NONE, sequence, timeout_s)
-        deadline, backoff = Deadline(timeout_s), Backoff()
+        deadline, backoff = Deadline(call.timeout_s), Backoff()
+        peers = [peer for peer in range(self._num_ranks) if peer != self._rank]
         while True:
-            last = [self._last_header(peer) for peer in range(self._num_ranks)]
-            newest = max(header.sequence for header in last)
-            welcome = all(
-                not header.masked >> self._rank & 1 for header in last if header.sequence == newest
-            )
-            if newest > sequence and welcome:
-                self._roster.returning = False
-                return newest - 1
+            excluded = max((self._mine[self._at(peer, _EXCLUDED)] for peer in peers), default=0)
+            number = self._welcome(call, excluded)
+            if number:
+                self._roster.come_back(excluded)
+                return number
             if deadline.passed:
-                peers = [peer for peer in range(self._num_ranks) if peer != self._rank]
                 raise self._timeout(peers, call, "return", waited_s=deadline.waited_s)
             backoff.pause()
+
+    def _welcome(self, call: Call, excluded: int) -> int:
+        """The number with which this rank is welcome, 0 if it is not yet."""
+        if excluded <= self._roster.settled:
+            return call.sequence
+        last = [self._last_header(peer) for peer in range(self._num_ranks)]
+        newest = max(header.sequence for header in last)
+        shown = [header.masked for header in last if header.sequence == newest]
+        masked = any(bits >> self._rank & 1 for bits in shown)
+        return 0 if masked or newest <= excluded else newest
 
     def _beat(self) -> None:
         """Show the peers now and then that this rank is itself waiting.

@@ -66,7 +66,7 @@ class Header(NamedTuple):
         num_slots: places that a rank has for the rows of each other one; 0 when rows are packed.
         hidden, format_code: what a row is; see `formats`.
         num_topk, num_experts, flags: what the routing is; `flags` tells its optional parts.
-        checksum: of the handle's rank_prefix_matrix; 0 in a first call.
+        checksum: tells which dispatch the handle is of; 0 says nothing.
         row_bytes: bytes of a row in this call.
         return_bytes: bytes of a row in the combine that will follow; reserved now.
         reserve_tokens: tokens a rank to make room for.
@@ -153,6 +153,8 @@ def check_agreement(
             raise PeerRefusedError(rank, operation=str(call), reason=reason_of(rank))
     for field, name in _AGREED:
         values = {rank: getattr(header, field) for rank, header in asked.items()}
+        if field == "checksum":
+            values = {rank: value for rank, value in values.items() if value}
         if len(set(values.values())) > 1:
             show = _SHOWN.get(field, int)
             told = {rank: str(show(value)) for rank, value in values.items()}

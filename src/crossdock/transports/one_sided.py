@@ -163,6 +163,7 @@ class OneSided:
         self._roster.newcomers = frozenset()
         if self._roster.is_alone:
             return self._alone(call)
+        self._control.exclude(self._roster.masked, call)
         headers = self._agreed(call)
         if self._grow(call, headers):
             last = (NUM_LANDING_ZONES if header.num_slots else NUM_ZONES) - 1
@@ -352,5 +353,5 @@ class _Masks(NamedTuple):
     def masked(self) -> frozenset[int]:
         return self.roster.masked
 
-    def catch_up(self, sequence: int, timeout_s: float) -> int:
-        return self.control.catch_up(sequence, timeout_s) if self.roster.returning else sequence
+    def catch_up(self, call: Call) -> int:
+        return self.control.catch_up(call) if self.roster.returning else call.sequence

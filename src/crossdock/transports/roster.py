@@ -31,7 +31,8 @@ class Roster:
     Attributes:
         masked: the ranks it goes on without; this one among them means that the others went on.
         newcomers: ranks that were unmasked since the last call, and owe nothing from before.
-        returning: this rank itself was unmasked, and does not know yet what call comes next.
+        returning: this rank itself was unmasked, and has to ask what call comes next.
+        settled: the last call that others made without this rank before it came back.
         eras: how often each rank was masked: what was begun in another era does not count.
     """
 
@@ -41,6 +42,7 @@ class Roster:
         self.masked: frozenset[int] = frozenset()
         self.newcomers: frozenset[int] = frozenset()
         self.returning = False
+        self.settled = 0
         self.eras = [0] * num_ranks
 
     @property
@@ -66,14 +68,25 @@ class Roster:
             self.returning = self.returning and rank != self._rank
 
     def unmask(self, rank: int) -> None:
-        """Count on a rank again."""
-        if rank not in self.masked:
-            return
-        self.masked -= {rank}
+        """Count on a rank again. This one may have been masked without knowing."""
         if rank == self._rank:
             self.returning = True
-        else:
+        elif rank in self.masked:
             self.newcomers |= {rank}
+        self.masked -= {rank}
+
+    def come_back(self, excluded: int) -> None:
+        """The others went on without this rank up to a call, and count on it again."""
+        self.returning = False
+        if excluded > self.settled:
+            self.settled = excluded
+            self.eras[self._rank] += 1
+
+    def leave(self, peer: int, call: Call) -> None:
+        """A peer goes on without this rank."""
+        if not self.is_alone:
+            _LOG.warning("rank %d was masked by rank %d in %s", self._rank, peer, call)
+        self.mask(self._rank)
 
     def drop(self, late: Collection[int], call: Call) -> bool:
         """Mask ranks that kept a call waiting, if it goes on without them; whether it does."""
@@ -89,9 +102,7 @@ class Roster:
         if peer in self.masked or header.sequence < call.sequence:
             return
         if header.sequence > call.sequence or header.masked >> self._rank & 1:
-            if not self.is_alone:
-                _LOG.warning("rank %d was masked by rank %d in %s", self._rank, peer, call)
-            self.mask(self._rank)
+            self.leave(peer, call)
             return
         for rank in range(self._num_ranks):
             if header.masked >> rank & 1:

@@ -87,7 +87,7 @@ class Attempt:
 
 
 class Receive:
-    """The receiving half of a call: run once, by any thread; running it again does nothing.
+    """The receiving half of a call: run once, by any thread; again, it only raises what it raised.
 
     Sync: waits for the rows of all ranks. Collective: no; in any order with other calls.
     """
@@ -96,15 +96,21 @@ class Receive:
         self._run: Callable[[], None] | None = run
         self._done = done
         self._lock = threading.Lock()
+        self._error: BaseException | None = None
 
     def __call__(self) -> None:
         """Receive."""
         with self._lock:
             run, self._run = self._run, None
+            if self._error is not None:
+                raise self._error
             if run is None:
                 return
             try:
                 run()
+            except BaseException as error:
+                self._error = error
+                raise
             finally:
                 # What it holds of the landing zone goes before another call may ask for one.
                 del run
@@ -165,9 +171,9 @@ class Session:
         """
         with self._lock:
             self.check()
-            self._sequence = self._last() + 1
             first = operation not in self._used
             timeout_s = self._timeouts.first_call_s if first else self._timeouts.steady_s
+            self._sequence = self._number(Call(operation, self._sequence + 1, timeout_s))
             attempt = Attempt(Call(operation, self._sequence, timeout_s), self.transport)
             try:
                 yield attempt
@@ -176,12 +182,10 @@ class Session:
                 raise
             self._used.add(operation)
 
-    def _last(self) -> int:
-        """The number of the call before this one."""
+    def _number(self, call: Call) -> int:
+        """The number of a call, which is the next one unless this rank was away."""
         masks = self.transport.masks
-        if masks is None:
-            return self._sequence
-        return masks.catch_up(self._sequence, self._timeouts.first_call_s)
+        return call.sequence if masks is None else masks.catch_up(call)
 
     @contextmanager
     def flight(self, operation: Operation) -> Iterator[Attempt]:
