@@ -11,11 +11,13 @@ import warnings
 from collections.abc import Sequence
 
 import torch
+from torch.nn import functional
 
 __all__ = ["gather_reduce", "place", "place_rows", "reduce", "send"]
 
 _BLOCK_ROWS = 64
-_SUM_ROWS = 16
+_SUM_ROWS = 8
+_WORDS = (torch.int64, torch.int32, torch.int16, torch.uint8)
 
 
 def send(rows: torch.Tensor, tokens: torch.Tensor | slice, landing: torch.Tensor) -> None:
@@ -44,7 +46,21 @@ def place_rows(
     landing: torch.Tensor, rows: torch.Tensor, slots: torch.Tensor, *, out: torch.Tensor
 ) -> None:
     """See `crossdock.ops.place_rows`."""
-    _as_bits(out).index_copy_(0, slots, _as_bits(landing).index_select(0, rows))
+    if out.stride(1) != 1 or landing.stride(1) != 1:
+        _as_bits(out).index_copy_(0, slots, _as_bits(landing).index_select(0, rows))
+        return
+    word = _common_word(landing, out)
+    out.view(word).index_copy_(0, slots, landing.view(word).index_select(0, rows))
+
+
+def _common_word(*planes: torch.Tensor) -> torch.dtype:
+    """The widest word that every row of these planes is made of: torch copies word by word."""
+    sizes = [
+        length * plane.itemsize
+        for plane in planes
+        for length in (plane.shape[1], plane.stride(0), plane.storage_offset())
+    ]
+    return next(word for word in _WORDS if not any(size % word.itemsize for size in sizes))
 
 
 def gather_reduce(
@@ -59,14 +75,30 @@ def gather_reduce(
     num_sums = row_splits.shape[0] - 1
     out = torch.empty((num_sums, rows.shape[1]), dtype=dtype or rows.dtype, device=rows.device)
     bounds = [*row_splits[:-1:_SUM_ROWS].tolist(), slots.shape[0]]
+    places = torch.arange(slots.shape[0], device=rows.device)
     for block, begin in enumerate(range(0, num_sums, _SUM_ROWS)):
         here = slice(bounds[block], bounds[block + 1])
+        terms = rows.index_select(0, slots[here]).float()
         splits = row_splits[begin : begin + _SUM_ROWS + 1] - bounds[block]
-        terms = rows[slots[here]].float()
-        places = torch.arange(terms.shape[0], device=rows.device)
-        total = _segment_sum(terms, splits, places, weights=weights[here])
+        total = _weighted_sum(terms, splits, places[: len(terms)], weights=weights[here])
         out[begin : begin + _SUM_ROWS].copy_(total)
     return out
+
+
+def _weighted_sum(
+    terms: torch.Tensor, row_splits: torch.Tensor, places: torch.Tensor, *, weights: torch.Tensor
+) -> torch.Tensor:
+    """Sum float32 rows that lie one behind the other, by segment, each times its weight."""
+    if terms.device.type != "cpu" or not terms.numel():
+        return _segment_sum_by_place(terms, row_splits, places, weights=weights)
+    return functional.embedding_bag(
+        places,
+        terms,
+        row_splits,
+        mode="sum",
+        per_sample_weights=weights,
+        include_last_offset=True,
+    )
 
 
 def reduce(
@@ -116,27 +148,20 @@ def _csr(
     )
 
 
-def _segment_sum(
-    rows: torch.Tensor,
-    row_splits: torch.Tensor,
-    slots: torch.Tensor,
-    *,
-    weights: torch.Tensor | None = None,
-) -> torch.Tensor:
+def _segment_sum(rows: torch.Tensor, row_splits: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
     """Sum rows by segment, in slot order, accumulating in float32 and rounding once.
 
-    A sparse product with the weights, or with ones, is the one torch operation that does this in a
-    single pass; it multiplies only listed rows, so that NaN in other rows is never read.
+    A sparse product with ones is the one torch operation that does this in a single pass; it
+    multiplies only listed rows, so that NaN in other rows is never read.
     """
     num_tokens = row_splits.shape[0] - 1
     if not slots.numel() or not rows.shape[1]:
         return torch.zeros((num_tokens, rows.shape[1]), dtype=rows.dtype, device=rows.device)
     if rows.device.type != "cpu":
-        return _segment_sum_by_place(rows, row_splits, slots, weights=weights)
-    if weights is None:
-        weights = torch.ones(slots.shape, dtype=rows.dtype, device=rows.device)
+        return _segment_sum_by_place(rows, row_splits, slots)
+    ones = torch.ones(slots.shape, dtype=rows.dtype, device=rows.device)
     _hear_warnings()
-    chosen = _csr(row_splits, slots, values=weights, size=(num_tokens, rows.shape[0]))
+    chosen = _csr(row_splits, slots, values=ones, size=(num_tokens, rows.shape[0]))
     total: torch.Tensor = torch.sparse.mm(chosen, rows, "sum")
     return total
 
@@ -154,7 +179,7 @@ def _segment_sum_by_place(
     """
     lengths = row_splits.diff()
     total = torch.zeros((lengths.shape[0], rows.shape[1]), dtype=torch.float32, device=rows.device)
-    for place in range(int(lengths.max())):
+    for place in range(int(lengths.max()) if lengths.numel() else 0):
         tokens = (lengths > place).nonzero().squeeze(1)
         at = row_splits[tokens] + place
         terms = rows[slots[at]].float()
