@@ -2,8 +2,8 @@
 
 Both run in one world of processes and take turns; the figures of one run can be compared with each
 other and with nothing else. A result that differs from the oracle is refused, not timed. The method
-is in `benchmarks/README.md`, what the ranks do in `bench_world.py`; here are the command, the
-statistics and how they are shown.
+is in `benchmarks/README.md`, what the ranks do in `bench_world.py`; here are the command and the
+statistics. How they are shown is the matter of `bench_tables.py`.
 """
 
 from __future__ import annotations
@@ -14,112 +14,95 @@ import os
 import platform
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
 from rich.console import Console
-from rich.table import Table
 
-from crossdock import CrossdockError, __version__, worlds
-from crossdock.cli.bench_world import COMBINE_BOUND, Case, RankReport, run_contenders
+from crossdock import ConfigError, CrossdockError, __version__, worlds
+from crossdock.cli.bench_low_latency import FORMATS, LowLatency
+from crossdock.cli.bench_tables import Figures, Result, tables_of
+from crossdock.cli.bench_throughput import Throughput
+from crossdock.cli.bench_world import Case, RankReport, run_contenders
 
-__all__ = ["Figures", "Result", "WrongResultError", "bench", "measure", "summarise"]
+__all__ = ["WrongResultError", "as_json", "bench", "measure", "summarise"]
 
 _WORLD_TIMEOUT_S = 1800.0
+_MODES = ("both", "high-throughput", "low-latency")
 
 
 class WrongResultError(CrossdockError):
     """An implementation differs from the oracle, so that its time would mean nothing."""
 
 
-@dataclass(frozen=True)
-class Figures:
-    """One contender in one case.
-
-    Times are medians over rounds of the slowest rank's time; the total's is taken over whole
-    rounds. Bandwidth is per rank, both directions together: rows received in dispatch and sent
-    back in combine, by the total time; logical counts all of them, wire only other ranks' rows.
-    """
-
-    dispatch_ms: float
-    combine_ms: float
-    total_ms: float
-    total_quartiles_ms: tuple[float, float]
-    logical_gb_s: float
-    wire_gb_s: float
-
-
-@dataclass(frozen=True)
-class Result:
-    """One measured case.
-
-    Attributes:
-        case: What was measured.
-        figures: Contender -> its figures.
-        ratios: Contender -> its total time by crossdock's.
-        about: Contender -> what it says of itself, on rank 0, after the last round.
-    """
-
-    case: Case
-    figures: dict[str, Figures]
-    ratios: dict[str, float]
-    about: dict[str, str]
-
-
 def bench(
     *,
+    mode: Annotated[str, typer.Option(help=f"Which calls: {', '.join(_MODES)}.")] = "both",
     ranks: Annotated[int, typer.Option(help="Processes of the world.")] = 4,
     tokens: Annotated[
-        list[int] | None, typer.Option(help="Tokens a rank; repeatable. [default: 64, 1024]")
+        list[int] | None,
+        typer.Option(help="Tokens a rank; repeatable. [default: 64, 1024; low latency: 128]"),
     ] = None,
-    hidden: Annotated[int, typer.Option(help="Width of a token.")] = 4096,
-    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
+    hidden: Annotated[
+        int | None, typer.Option(help="Width of a token. [default: 4096; low latency: 7168]")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="High throughput: bf16, fp16 or fp32.")] = "bf16",
+    form: Annotated[
+        list[str] | None,
+        typer.Option("--format", help="Low latency: fp8, bf16 or int8; repeatable. [default: all]"),
+    ] = None,
     top_k: Annotated[int, typer.Option(help="Experts a token chooses.")] = 8,
-    experts: Annotated[int, typer.Option(help="Experts of the world.")] = 64,
+    experts: Annotated[
+        int | None, typer.Option(help="Experts of the world. [default: 64; low latency: 256]")
+    ] = None,
     iters: Annotated[int, typer.Option(help="Timed rounds of each implementation.")] = 30,
     transport: Annotated[str | None, typer.Option(help="Default: the best that fits.")] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Also write figures.")] = None,
 ) -> None:
     """Time dispatch and combine beside a gloo all-to-all baseline, on this machine."""
     console = Console()
+    given = {"num_ranks": ranks, "num_topk": top_k, "num_iters": iters}
+    sizes = {"hidden": hidden, "num_experts": experts}
+    given |= {name: size for name, size in sizes.items() if size is not None}
     try:
-        cases = [
-            Case(
-                num_tokens=num_tokens,
-                num_ranks=ranks,
-                hidden=hidden,
-                dtype=dtype,
-                num_topk=top_k,
-                num_experts=experts,
-                num_iters=iters,
-                transport=transport,
-            )
-            for num_tokens in tokens or (64, 1024)
+        if mode not in _MODES:
+            raise ConfigError(f"mode is {mode!r}, must be one of {', '.join(_MODES)}")
+        throughput: list[Case] = [
+            Throughput(num_tokens=num_tokens, dtype=dtype, transport=transport, **given)
+            for num_tokens in (tokens or (64, 1024) if mode != "low-latency" else ())
         ]
-        results = [_measure_aloud(case, console) for case in cases]
+        low_latency: list[Case] = [
+            LowLatency(num_tokens=num_tokens, form=each, transport=transport, **given)
+            for num_tokens in (tokens or (128,) if mode != "high-throughput" else ())
+            for each in form or FORMATS
+        ]
+        tables = [measure(cases, console) for cases in (throughput, low_latency) if cases]
     except (CrossdockError, worlds.WorldError) as error:
         console.print(f"refused: {error}", highlight=False, markup=False, style="red")
         raise typer.Exit(1) from error
-    facts = machine_facts()
-    console.print(as_table(results))
-    for about in results[-1].about.values():
-        console.print(about, highlight=False)
-    console.print(", ".join(f"{name} {value}" for name, value in facts.items()), highlight=False)
-    if json_path is not None:
-        json_path.write_text(as_json(results, facts), encoding="utf-8")
+    _show(tables, console, json_path)
 
 
-def measure(case: Case) -> Result:
-    """Runs one case in a fresh world of processes.
+def measure(cases: Sequence[Case], console: Console) -> list[Result]:
+    """Runs cases of one table, one after the other, in a fresh world of processes.
+
+    Args:
+        cases: At least one; all of the same number of ranks.
+        console: Where to say what is being measured.
 
     Raises:
         WrongResultError: a contender differs from the oracle on some rank.
     """
-    with worlds.Pool(case.num_ranks) as pool:
-        return summarise(case, pool.run(run_contenders, case, timeout_s=_WORLD_TIMEOUT_S))
+    results = []
+    with worlds.Pool(cases[0].num_ranks) as pool:
+        for case in cases:
+            with console.status(f"{case.num_tokens} tokens a rank, {case.num_ranks} ranks"):
+                reports = pool.run(run_contenders, case, timeout_s=_WORLD_TIMEOUT_S)
+            results.append(summarise(case, reports))
+    return results
 
 
 def summarise(case: Case, reports: Sequence[RankReport]) -> Result:
@@ -138,7 +121,8 @@ def summarise(case: Case, reports: Sequence[RankReport]) -> Result:
     figures = {name: _figures(case, reports, name) for name in reports[0].samples}
     ours = figures["crossdock"].total_ms
     ratios = {name: each.total_ms / ours for name, each in figures.items()}
-    return Result(case, figures, ratios, reports[0].about)
+    held = reports[0].memory.get("crossdock", {})
+    return Result(case, figures, ratios, reports[0].about, {**case.sizes(), **held})
 
 
 def machine_facts() -> dict[str, str]:
@@ -154,54 +138,51 @@ def machine_facts() -> dict[str, str]:
     }
 
 
-def as_table(results: Sequence[Result]) -> Table:
-    """One row a case and contender."""
-    case = results[0].case
-    table = Table(
-        title=f"dispatch + combine, {case.num_ranks} ranks, hidden {case.hidden}, {case.dtype}, "
-        f"top-{case.num_topk} of {case.num_experts}\nmedian of {case.num_iters} rounds, slowest "
-        "rank, in ms",
-        caption="GB/s per rank; logical: all rows received, wire: those of other ranks",
-    )
-    table.add_column("tokens", justify="right")
-    table.add_column("", no_wrap=True)
-    for heading in ("dispatch", "combine", "total", "time", "logical", "wire"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for result in results:
-        for name in result.figures:
-            table.add_row(*_cells(result, name))
-        table.add_section()
-    return table
-
-
 def as_json(results: Sequence[Result], facts: dict[str, str]) -> str:
-    """Everything that the table says, and the quartiles, for programs."""
-    document = {
-        "machine": facts,
-        "combine_bound": COMBINE_BOUND,
-        "results": [asdict(result) for result in results],
-    }
-    return json.dumps(document, indent=2) + "\n"
+    """Everything that the tables say, and the quartiles, for programs."""
+    told = [
+        {"kind": type(each.case).__name__, "combine_bound": each.case.combine_bound, **asdict(each)}
+        for each in results
+    ]
+    return json.dumps({"machine": facts, "results": told}, indent=2) + "\n"
 
 
-def _measure_aloud(case: Case, console: Console) -> Result:
-    with console.status(f"{case.num_tokens} tokens a rank, {case.num_ranks} ranks"):
-        return measure(case)
+def _show(tables: Sequence[Sequence[Result]], console: Console, json_path: Path | None) -> None:
+    facts = machine_facts()
+    for results in tables:
+        for table in tables_of(results):
+            console.print(table)
+        for about in dict.fromkeys(results[-1].about.values()):
+            console.print(about, highlight=False)
+    console.print(", ".join(f"{name} {value}" for name, value in facts.items()), highlight=False)
+    if json_path is not None:
+        everything = [result for results in tables for result in results]
+        json_path.write_text(as_json(everything, facts), encoding="utf-8")
 
 
 def _figures(case: Case, reports: Sequence[RankReport], name: str) -> Figures:
     rounds = list(zip(*(report.samples[name] for report in reports), strict=True))
-    totals = [1e3 * max(dispatch + combine for dispatch, combine in each) for each in rounds]
+    num_parts = len(rounds[0][0])
+    there, back = slice(num_parts // 2), slice(num_parts // 2, None)
+    totals = _slowest(rounds, slice(None))
     total_ms = statistics.median(totals)
-    moved = 2 * case.row_bytes / len(reports) / (1e-3 * total_ms) / 1e9
+    moved = case.round_trip_bytes / len(reports) / (1e-3 * total_ms) / 1e9
     return Figures(
-        dispatch_ms=statistics.median(1e3 * max(d for d, _ in each) for each in rounds),
-        combine_ms=statistics.median(1e3 * max(c for _, c in each) for each in rounds),
+        dispatch_ms=statistics.median(_slowest(rounds, there)),
+        combine_ms=statistics.median(_slowest(rounds, back)),
         total_ms=total_ms,
         total_quartiles_ms=_quartiles(totals),
+        parts_ms=tuple(
+            statistics.median(_slowest(rounds, slice(part, part + 1))) for part in range(num_parts)
+        ),
         logical_gb_s=moved * sum(report.num_rows for report in reports),
         wire_gb_s=moved * sum(report.num_remote_rows for report in reports),
     )
+
+
+def _slowest(rounds: Sequence[Sequence[tuple[float, ...]]], parts: slice) -> list[float]:
+    """Of each round the slowest rank's time for these parts of it, in ms."""
+    return [1e3 * max(sum(times[parts]) for times in each) for each in rounds]
 
 
 def _quartiles(values: Sequence[float]) -> tuple[float, float]:
@@ -209,20 +190,6 @@ def _quartiles(values: Sequence[float]) -> tuple[float, float]:
         return values[0], values[0]
     first, _, third = statistics.quantiles(values, n=4, method="inclusive")
     return first, third
-
-
-def _cells(result: Result, name: str) -> list[str]:
-    each = result.figures[name]
-    return [
-        str(result.case.num_tokens),
-        name,
-        f"{each.dispatch_ms:.2f}",
-        f"{each.combine_ms:.2f}",
-        f"{each.total_ms:.2f}",
-        f"{result.ratios[name]:.2f} x",
-        f"{each.logical_gb_s:.2f}",
-        f"{each.wire_gb_s:.2f}",
-    ]
 
 
 def _cpu_model() -> str:

@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from crossdock.cli.bench_world import Contender
+
 __all__ = ["GlooBaseline", "Received", "Route", "TunedGlooBaseline"]
 
 
@@ -54,7 +56,7 @@ class Received(NamedTuple):
     route: Any
 
 
-class GlooBaseline:
+class GlooBaseline(Contender):
     """Dispatch and combine over one process group, with index operations.
 
     Args:
