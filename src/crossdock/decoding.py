@@ -274,8 +274,8 @@ class DecodingCalls:
         """Go on without a rank in low-latency calls, or count on it again.
 
         A masked rank is neither sent to nor waited for, and its tokens contribute nothing. Whoever
-        hears of a mask in a call takes it over, so a mask of one rank is one of all. To bring a
-        rank back, all ranks and the returning one unmask it between the same two calls.
+        hears of a mask in a call takes it over. To bring a rank back, all ranks and the returning
+        one unmask it between the same two calls.
 
         Args:
             rank: the rank; this one too, which then does no more than calls without effect.

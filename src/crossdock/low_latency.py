@@ -64,6 +64,8 @@ class _Memory:
 
     Attributes:
         selection: choices, and weights if there were some, of this rank's tokens.
+        in_rank: [T, R] bool, where they went.
+        eras: how often each rank had been masked then.
         number: of the dispatch, the same on all ranks.
         table: every rank's choices with their weights, if dispatch was given weights.
         received: whether the rows have come.
@@ -71,6 +73,8 @@ class _Memory:
     """
 
     selection: Selection
+    in_rank: torch.Tensor
+    eras: tuple[int, ...]
     number: int
     table: SelectionTable | None
     received: bool = False
@@ -138,15 +142,15 @@ class LowLatency:
                 num_experts=num_experts,
                 return_bytes=row.hidden * self._partials.itemsize,
             )
+            payload, scales, handle = self._empty_slabs(form, header, compact=compact, like=x)
             routed = attempt.route(header, selection.to_bytes())
             table = _table(routed, selection)
             in_rank = self._present(selection, routed, num_experts)
             counts = self._counts(in_rank.sum(0).tolist(), self._coming(table, num_experts))
             sends = layouts.send_tokens(in_rank)
             landing = attempt.send(Shipment(planes, sends, counts, num_slots=num_slots))
-        payload, scales, handle = self._empty_slabs(form, header, compact=compact, like=x)
         known = None if selection.topk_weights is None else table
-        memory = _Memory(selection, attempt.call.sequence, known)
+        memory = _Memory(selection, in_rank, routed.eras, attempt.call.sequence, known)
         self._memories[handle.src_info] = memory
 
         def receive() -> None:
@@ -186,7 +190,8 @@ class LowLatency:
             Others: what `Transport.route` and `Transport.send` raise.
         """
         with self._session.checking(Operation.LOW_LATENCY_COMBINE):
-            number, known = self._recall(handle, selection)
+            memory = self._recall(handle, selection)
+        known = None if memory is None else memory.table
         hidden = handle.hidden
         row = log_row(hidden) if use_logfmt else RowFormat(self._partials, hidden)
         share = selection.to_bytes() if known is None else selection.topk_idx.new_empty(0).byte()
@@ -194,15 +199,20 @@ class LowLatency:
             header = self._header(attempt, row, selection)._replace(
                 num_slots=handle.num_max_dispatch_tokens_per_rank,
                 num_experts=handle.num_experts,
-                checksum=number,
+                checksum=0 if memory is None else memory.number,
                 flags=int(known is None),
                 share_bytes=share.numel(),
             )
             routed = attempt.route(header, share)
-            table = _table(routed, selection) if known is None else known.without(routed.masked)
+            if memory is None or known is None:
+                table = _table(routed, selection)
+                in_rank = self._present(selection, routed, handle.num_experts)
+            else:
+                gone = routed.masked | routed.lost_since(memory.eras, self._rank)
+                table, in_rank = known.without(gone), memory.in_rank.clone()
+                in_rank[:, sorted(gone)] = False
             sums, num_back = self._partial_sums(x, handle, table)
             planes = encode_log(sums) if use_logfmt else [sums]
-            in_rank = self._present(selection, routed, handle.num_experts)
             counts = self._counts(num_back, in_rank.sum(0).tolist())
             sends = layouts.consecutive(num_back)
             landing = attempt.send(Shipment(planes, sends, counts, num_slots=handle.num_slots))
@@ -269,6 +279,8 @@ class LowLatency:
     def _counts(self, sent: Sequence[int], coming: Sequence[int]) -> layouts.Counts:
         """The counts as far as this rank has to know them: what it sends, and what it gets."""
         counts = [[0] * self._num_ranks for _ in range(self._num_ranks)]
+        if sent[self._rank] != coming[self._rank]:
+            raise HandleError("the handle and the choices of its tokens contradict each other")
         for src, num in enumerate(coming):
             counts[src][self._rank] = num
         counts[self._rank] = list(sent)
@@ -324,21 +336,22 @@ class LowLatency:
             if scales is not None:
                 place_scales(landed.planes[1][src][whence], where, scales, slab_rows=slab_rows)
 
-    def _recall(
-        self, handle: LowLatencyHandle, selection: Selection
-    ) -> tuple[int, SelectionTable | None]:
-        """The number of the dispatch, 0 if unknown, and every rank's weights if it brought them."""
+    def _recall(self, handle: LowLatencyHandle, selection: Selection) -> _Memory | None:
+        """What is remembered of a dispatch, if its handle is known and fits."""
         memory: _Memory | None = self._memories.get(handle.src_info)
         if memory is None:
-            return 0, None
+            return None
         if not memory.received:
             raise HandleError("the rows of this dispatch have not been received: run its hook")
         before = memory.selection
+        if before.topk_idx.shape != selection.topk_idx.shape:
+            shapes = f"{list(selection.topk_idx.shape)}, dispatch had {list(before.topk_idx.shape)}"
+            raise HandleError(f"topk_idx of combine is {shapes}")
         if _env.debug() and not torch.equal(before.topk_idx, selection.topk_idx):
             raise ConfigError("topk_idx of combine is not that of dispatch")
-        if memory.table is not None and not _equal(before.topk_weights, selection.topk_weights):
+        if memory.table is not None and not before.has_weights_of(selection):
             raise ConfigError("topk_weights of combine are not those that dispatch was given")
-        return memory.number, memory.table
+        return memory
 
     def _partial_sums(
         self, x: torch.Tensor, handle: LowLatencyHandle, table: SelectionTable
@@ -380,12 +393,3 @@ def _sum_up(landed: Landed, in_rank: torch.Tensor, out: torch.Tensor, *, hidden:
     rows = decode_log(planes, hidden) if hidden else planes[0]
     plan = layouts.reduce_plan(layouts.send_head_of(in_rank), in_rank.sum(0).tolist())
     out.copy_(ops.reduce(rows, plan.row_splits, plan.slots))
-
-
-def _equal(before: torch.Tensor | None, now: torch.Tensor | None) -> bool:
-    """Whether two tensors have the same bits; looked at only on CPU, where looking is free."""
-    if before is None or now is None:
-        return before is now
-    if before.device.type != "cpu":
-        return True
-    return torch.equal(before.contiguous().view(torch.int32), now.contiguous().view(torch.int32))

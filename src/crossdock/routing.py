@@ -220,6 +220,14 @@ class Selection:
         parts = (self.topk_idx, self.topk_weights)
         return sum(part.numel() * part.itemsize for part in parts if part is not None)
 
+    def has_weights_of(self, other: Selection) -> bool:
+        """Whether both have the same bits as weights; looked at only on CPU, where it is free."""
+        mine, theirs = self.topk_weights, other.topk_weights
+        if mine is None or theirs is None:
+            return mine is theirs
+        bits = [each.contiguous().view(torch.int32) for each in (mine, theirs)]
+        return mine.device.type != "cpu" or torch.equal(*bits)
+
     def is_token_in_rank(self, num_experts: int, num_ranks: int) -> torch.Tensor:
         """[T, R] bool: whether a token chose an expert of a rank."""
         return dispatch_layout(self.topk_idx, num_experts, num_ranks).is_token_in_rank

@@ -59,16 +59,44 @@ def test_a_rank_that_returns_owes_nothing_from_before() -> None:
 
 
 @pytest.mark.parametrize(
-    ("can_shrink", "operation", "drops"),
-    [
-        (True, Operation.LOW_LATENCY_COMBINE, True),
-        (True, Operation.DISPATCH, False),
-        (False, Operation.LOW_LATENCY_COMBINE, False),
-    ],
-)
-def test_only_low_latency_calls_drop_ranks(
-    can_shrink: bool, operation: Operation, drops: bool
+    ("num_ranks", "masked", "late", "may"),
+    [(4, [], [1], True), (4, [], [1, 2], True), (4, [], [1, 2, 3], False), (4, [1], [2, 3], False),
+     (4, [1], [2], True), (2, [], [1], True), (3, [], [1, 2], False), (4, [1], [1, 2], True)],
+)  # fmt: skip
+def test_a_few_do_not_go_on_without_the_many(
+    num_ranks: int, masked: list[int], late: list[int], may: bool
 ) -> None:
-    roster = Roster(0, 4, can_shrink=can_shrink)
-    assert roster.drop([1, 3], Call(operation, 1, 1.0)) == drops
-    assert roster.masked == ({1, 3} if drops else set())
+    roster = Roster(0, num_ranks, can_shrink=True)
+    for rank in masked:
+        roster.mask(rank)
+    assert roster.may_drop(late) == may
+
+
+def test_who_comes_back_counts_on_those_that_the_others_count_on() -> None:
+    roster = Roster(0, 4, can_shrink=True)
+    for rank in (0, 1, 2):
+        roster.mask(rank)
+    roster.unmask(0)
+    roster.come_back(9, showing(3, sequence=11))
+    assert roster.masked == {3}
+    assert roster.newcomers == {1, 2}
+    assert roster.eras == [2, 1, 1, 1]
+    assert roster.settled == 9
+    assert not roster.returning
+
+
+def test_who_was_not_missed_comes_back_as_it_was() -> None:
+    roster = Roster(0, 4, can_shrink=True)
+    roster.mask(2)
+    roster.unmask(0)
+    assert roster.returning
+    roster.come_back(0, None)
+    assert roster.masked == {2}
+    assert not roster.returning
+    assert roster.eras == [0, 0, 1, 0]
+
+
+def test_dropping_is_masking() -> None:
+    roster = Roster(0, 4, can_shrink=True)
+    roster.drop([1, 3], CALL)
+    assert roster.masked == {1, 3}

@@ -133,6 +133,139 @@ def test_a_mask_of_one_rank_is_taken_over_by_all(pool: worlds.Pool) -> None:
     assert results == [([], [0, 0, 1, 0])] * NUM_RANKS
 
 
+def mask_again_and_again(group: Any) -> list[str]:
+    """One rank masks another, the next call makes it one of all, without a wait for a deadline."""
+    faults, everyone = [], set(range(3))
+    with open_buffer(group, timeout_s=5.0) as buffer:
+        buffer.warmup(SLOTS, HIDDEN)
+        dispatch_ones(buffer)  # while ranks are masked there is no more room to be had
+        for number in range(30):
+            if buffer.rank == 0:
+                buffer.low_latency_update_mask_buffer(VICTIM, True)
+            begin = time.monotonic()
+            dispatch_ones(buffer)
+            if time.monotonic() - begin > 2:
+                faults.append(f"round {number} waited for a masked rank")
+            if masked(buffer) != [0, 0, 1]:
+                faults.append(f"round {number}: masks {masked(buffer)}, not of {everyone}")
+            dist.barrier(group)
+            buffer.low_latency_clean_mask_buffer()
+            if dispatch_ones(buffer) != 3:
+                faults.append(f"round {number}: not all are back")
+            dist.barrier(group)
+    return faults
+
+
+def dispatch_ones(buffer: Buffer) -> int:
+    """Every rank sends one token to the expert of every rank; how many have come here."""
+    ranks = torch.arange(buffer.group_size)[None]
+    x = torch.ones((1, 8), dtype=torch.bfloat16)
+    _, count, *_ = buffer.low_latency_dispatch(x, ranks, 1, buffer.group_size, use_fp8=False)
+    return int(count)
+
+
+def test_a_mask_in_a_header_is_never_passed_over(pool: worlds.Pool) -> None:
+    assert pool.run(mask_again_and_again, num_ranks=3) == [[], [], []]
+
+
+def leave_between_dispatch_and_combine(group: Any, bring_weights: bool) -> list[float]:
+    """A rank is away in a dispatch, or only after it; sums hold what has come from those there."""
+    topk_idx, x = torch.arange(3)[None], torch.ones((1, 8), dtype=torch.bfloat16)
+    weights = torch.ones((1, 3))
+    early = weights if bring_weights else None
+    found = []
+    with open_buffer(group) as buffer:
+        buffer.warmup(SLOTS, HIDDEN)
+        dispatch_ones(buffer)  # while ranks are masked there is no more room to be had
+        for moment in ("in dispatch", "after dispatch"):
+            if moment == "in dispatch":
+                buffer.low_latency_update_mask_buffer(VICTIM, True)
+            rows, _, handle, *_ = buffer.low_latency_dispatch(
+                x, topk_idx, 2, 3, use_fp8=False, topk_weights=early
+            )
+            if moment == "after dispatch":
+                buffer.low_latency_update_mask_buffer(VICTIM, True)
+                dispatch_ones(buffer)
+            dist.barrier(group)
+            buffer.low_latency_clean_mask_buffer()
+            for _ in range(2):
+                sums, *_ = buffer.low_latency_combine(rows, topk_idx, weights, handle)
+                found.append(float(sums[0, 0]))
+            dist.barrier(group)
+    return found
+
+
+@pytest.mark.parametrize("bring_weights", [False, True])
+def test_a_rank_that_returns_before_the_combine_owes_nothing(
+    pool: worlds.Pool, bring_weights: bool
+) -> None:
+    results = pool.run(leave_between_dispatch_and_combine, bring_weights, num_ranks=3)
+    # Asked for weights in combine, ranks send what they have, and that is all of the second.
+    after = [2.0, 2.0] if bring_weights else [3.0, 3.0]
+    alone = [0.0, 0.0] if bring_weights else [3.0, 3.0]
+    assert results[0] == results[1] == [2.0, 2.0, *after]
+    assert results[VICTIM] == [0.0, 0.0, *alone]
+
+
+def come_early(group: Any) -> tuple[int, list[int]]:
+    """All but one are late for longer than the deadline: the one waits."""
+    with open_buffer(group, timeout_s=0.5) as buffer:
+        buffer.warmup(SLOTS, HIDDEN)
+        dispatch_ones(buffer)
+        dist.barrier(group)
+        if buffer.rank != VICTIM:
+            time.sleep(1.0)
+        return dispatch_ones(buffer), masked(buffer)
+
+
+def test_one_rank_does_not_go_on_without_all_others(pool: worlds.Pool) -> None:
+    assert pool.run(come_early, num_ranks=NUM_RANKS) == [(4, [0, 0, 0, 0])] * NUM_RANKS
+
+
+def come_back_one_by_one(group: Any) -> list[tuple[int, list[int]]]:
+    """Rank 3 returns while rank 2 is away, and must not bring its old masks along."""
+    seen = []
+    with open_buffer(group) as buffer:
+        buffer.warmup(SLOTS, HIDDEN)
+        dispatch_ones(buffer)  # while ranks are masked there is no more room to be had
+        for change, rank in ((True, 3), (True, 2), (False, 3), (False, 2)):
+            buffer.low_latency_update_mask_buffer(rank, change)
+            seen.append((dispatch_ones(buffer), masked(buffer)))
+            dist.barrier(group)
+    return seen
+
+
+def test_who_returns_takes_over_the_masks_of_the_others(pool: worlds.Pool) -> None:
+    results = pool.run(come_back_one_by_one, num_ranks=NUM_RANKS)
+    for rank in (0, 1):
+        counts = [3, 2, 3, 4]
+        masks = [[0, 0, 0, 1], [0, 0, 1, 1], [0, 0, 1, 0], [0, 0, 0, 0]]
+        assert results[rank] == list(zip(counts, masks, strict=True))
+    assert results[3][2:] == [(3, [0, 0, 1, 0]), (4, [0, 0, 0, 0])]
+    assert results[2][3] == (4, [0, 0, 0, 0])
+
+
+def die_while_growing(rank: int, num_ranks: int) -> tuple[str, Any]:
+    """The victim has told its header of a call for which the buffer must grow."""
+    buffer = open_buffer(dist.group.WORLD, timeout_s=1.0, first_call_timeout_s=1.0)
+    dist.barrier()
+    if rank == VICTIM:
+        buffer._session.transport._replace_heap = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        dispatch_ones(buffer)
+    except TransportError as error:
+        time.sleep(1.0)
+        return type(error).__name__, getattr(error, "missing", None)
+    return "", None
+
+
+def test_who_is_lost_while_the_buffer_grows_is_named() -> None:
+    with pytest.raises(worlds.WorldError) as caught:
+        worlds.spawn(die_while_growing, NUM_RANKS, timeout_s=60)
+    told = {rank: each for rank, each in caught.value.results.items() if rank != VICTIM}
+    assert told == dict.fromkeys((0, 1, 3), ("PeerTimeoutError", [VICTIM]))
+
+
 def fall_asleep(group: Any, num_alone: int) -> tuple[list[str], list[int], float]:
     """A rank oversleeps a deadline; the others go on, and it comes back when all unmask it.
 

@@ -69,8 +69,8 @@ def gather_reduce(
 ) -> torch.Tensor:
     """Sum weighted rows where they lie: what one rank has for each token, before it travels.
 
-    Multiplies and adds in float32, in the order of `slots`, and rounds once. Rows that no slot
-    names are not read. A sum without rows is zero.
+    Multiplies and adds in float32, in the order of `slots`, and rounds once; a product may be
+    fused with its sum. Rows that no slot names are not read. A sum without rows is zero.
 
     Args:
         rows: [n, B] bf16, fp16 or fp32.

@@ -38,6 +38,7 @@ class Routed:
         shares: of a masked rank an empty one.
         waited_us: how long this rank waited for each.
         masked: ranks that do not take part; all of them where this rank itself is masked.
+        eras: how often each rank was masked so far; empty where none can be.
 
     Lifetime: the shares may be views of the transport's memory, valid until its next call.
     """
@@ -46,6 +47,12 @@ class Routed:
     shares: list[torch.Tensor]
     waited_us: list[int]
     masked: frozenset[int] = frozenset()
+    eras: tuple[int, ...] = ()
+
+    def lost_since(self, eras: Sequence[int], rank: int) -> frozenset[int]:
+        """Ranks that were masked since an earlier call; all of them, if `rank` itself was."""
+        lost = {peer for peer, era in enumerate(self.eras) if eras[peer] != era}
+        return frozenset(range(len(self.eras))) if rank in lost else frozenset(lost)
 
 
 @dataclass(frozen=True)

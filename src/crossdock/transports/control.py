@@ -28,7 +28,7 @@ __all__ = ["BLOCK_BYTES", "Control", "Signal"]
 
 BLOCK_BYTES = 2048
 _BLOCK_WORDS = BLOCK_BYTES // 8
-_FAILED, _WAITING, _ALIVE, _EXCLUDED, _NOTE, _NOTE_WORDS = 4, 5, 6, 7, 8, 4
+_FAILED, _WAITING, _ALIVE, _EXCLUDED, _EXCLUDED_FROM, _NOTE, _NOTE_WORDS = 4, 5, 6, 7, 8, 9, 4
 _HEADERS = _NOTE + _NOTE_WORDS
 _REASONS = _HEADERS + 2 * HEADER_WORDS
 _TEXT_WORDS = (_BLOCK_WORDS - _REASONS) // 3
@@ -97,6 +97,7 @@ class Control:
         self._mine = heap.words(rank)
         self._theirs = [heap.words(peer) for peer in range(num_ranks)]
         self._beaten = 0
+        self._shut_out: set[int] = set()
         self._told = {
             signal: [self._at(peer, signal) for peer in range(num_ranks)] for signal in Signal
         }
@@ -176,7 +177,9 @@ class Control:
         try:
             while missing:
                 failed = self._failed()
-                if failed and not self._drop(failed, call):
+                if failed and self._may_shrink(wanted, call) and self._roster.may_drop(failed):
+                    self._drop(failed, call)
+                elif failed:
                     self._raise_failures(failed, call, phase=wanted.phase, waited_s=begin.waited_s)
                 if deadline.passed:
                     deadline = self._give_up(missing, wanted, call, waited_s=begin.waited_s)
@@ -191,55 +194,76 @@ class Control:
         return waited_us
 
     def _behind(self, wanted: _Wanted, call: Call) -> list[int]:
-        """The ranks that have not signalled what is wanted; masked ones are not asked."""
-        told = self._told[wanted.signal]
-        if self._roster.can_shrink:
-            self._hear(call, posted=wanted.signal is Signal.POSTED)
-        absent = self._roster.absent()
-        ranks = range(self._num_ranks) if wanted.among is None else wanted.among
-        return [
-            peer
-            for peer in ranks
-            if peer != self._rank and peer not in absent and self._mine[told[peer]] < wanted.number
-        ]
+        """The ranks that have not signalled what is wanted; masked ones are not asked.
 
-    def _hear(self, call: Call, *, posted: bool) -> None:
-        """Take over the masks that headers of this call show, as they arrive; see who left."""
+        Who has signalled is looked up first, and what they show is heard then: no header may come
+        in between and be passed over.
+        """
+        told = self._told[wanted.signal]
+        everyone = range(self._num_ranks) if wanted.among is None else wanted.among
+        ranks = [peer for peer in everyone if peer != self._rank]
+        missing = [peer for peer in ranks if self._mine[told[peer]] < wanted.number]
+        if self._roster.can_shrink:
+            self._hear(call)
+        absent = self._roster.absent()
+        return [peer for peer in missing if peer not in absent]
+
+    def _hear(self, call: Call) -> None:
+        """Take over the masks that headers of this call show, and see who goes on alone."""
+        posted = self._told[Signal.POSTED]
         for peer in range(self._num_ranks):
             if peer == self._rank or peer in self._roster.masked:
                 continue
-            excluded = self._mine[self._at(peer, _EXCLUDED)]
-            if excluded >= call.sequence and excluded > self._roster.settled:
+            if self._is_excluded(peer, call):
                 self._roster.leave(peer, call)
-            elif posted and self._mine[self._told[Signal.POSTED][peer]] >= call.sequence:
+            elif self._mine[posted[peer]] >= call.sequence:
                 self._roster.hear(peer, self._header(peer, self._slot(call.sequence)), call)
 
+    def _is_excluded(self, peer: int, call: Call) -> bool:
+        """Whether a peer makes this call without this rank."""
+        first = self._mine[self._at(peer, _EXCLUDED_FROM)]
+        last = self._mine[self._at(peer, _EXCLUDED)]
+        return last > self._roster.settled and first <= call.sequence <= last
+
     def exclude(self, ranks: Collection[int], call: Call) -> None:
-        """Tell ranks that this one makes a call without them."""
+        """Tell ranks that this one makes a call without them, and from which call on it does."""
+        self._shut_out &= self._roster.masked
         for rank in ranks:
+            if rank not in self._shut_out:
+                self._theirs[rank][self._at(self._rank, _EXCLUDED_FROM)] = call.sequence
             self._theirs[rank][self._at(self._rank, _EXCLUDED)] = call.sequence
+        self._shut_out |= set(ranks)
 
     def _give_up(
         self, missing: list[int], wanted: _Wanted, call: Call, *, waited_s: float
     ) -> Deadline:
-        """At the deadline: raise, or go on without those who are late, with a new one."""
-        if not (self._roster.can_shrink and call.operation.can_shrink):
+        """At the deadline: raise, look again, or go on without those who are late."""
+        if not self._may_shrink(wanted, call):
             late = self._not_waiting(missing) or missing
             raise self._timeout(late, call, wanted.phase, waited_s=waited_s)
-        # Who was kept waiting by somebody else has had less time than this rank has waited.
-        since = time.monotonic_ns() - int(call.timeout_s * 1e9)
-        late = [rank for rank in missing if self._mine[self._at(rank, _ALIVE)] < since]
-        if not late:
+        late = self._late(missing, call)
+        is_last_look = waited_s > call.timeout_s * self._num_ranks
+        if not is_last_look and not (late and self._roster.may_drop(late)):
             return Deadline(_LOOK_AGAIN_S)
-        self._drop(late, call)
+        if not self._roster.may_drop(late or missing):
+            raise self._timeout(late or missing, call, wanted.phase, waited_s=waited_s)
+        self._drop(late or missing, call)
         return Deadline(call.timeout_s)
 
-    def _drop(self, late: Sequence[int], call: Call) -> bool:
-        """Mask ranks and tell them, if the call goes on without them; whether it does."""
-        dropped = self._roster.drop(late, call)
-        if dropped:
-            self.exclude(late, call)
-        return dropped
+    def _late(self, missing: Sequence[int], call: Call) -> list[int]:
+        """Those who had all the time: who was kept waiting by somebody else had less."""
+        since = time.monotonic_ns() - int(call.timeout_s * 1e9)
+        return [rank for rank in missing if self._mine[self._at(rank, _ALIVE)] < since]
+
+    def _may_shrink(self, wanted: _Wanted, call: Call) -> bool:
+        """Whether a wait may end without somebody. While memory is made it may not."""
+        droppable = wanted.signal in {Signal.POSTED, Signal.LANDED}
+        return droppable and self._roster.can_shrink and call.operation.can_shrink
+
+    def _drop(self, late: Sequence[int], call: Call) -> None:
+        """Mask ranks, and tell them."""
+        self._roster.drop(late, call)
+        self.exclude(late, call)
 
     def catch_up(self, call: Call) -> int:
         """The number of a call, for a rank that comes back: that of a header that counts on it.
@@ -251,23 +275,24 @@ class Control:
         peers = [peer for peer in range(self._num_ranks) if peer != self._rank]
         while True:
             excluded = max((self._mine[self._at(peer, _EXCLUDED)] for peer in peers), default=0)
-            number = self._welcome(call, excluded)
-            if number:
-                self._roster.come_back(excluded)
-                return number
+            if excluded <= self._roster.settled:
+                self._roster.come_back(excluded, None)
+                return call.sequence
+            header = self._welcome(peers, excluded)
+            if header is not None:
+                self._roster.come_back(excluded, header)
+                return header.sequence
             if deadline.passed:
                 raise self._timeout(peers, call, "return", waited_s=deadline.waited_s)
             backoff.pause()
 
-    def _welcome(self, call: Call, excluded: int) -> int:
-        """The number with which this rank is welcome, 0 if it is not yet."""
-        if excluded <= self._roster.settled:
-            return call.sequence
-        last = [self._last_header(peer) for peer in range(self._num_ranks)]
+    def _welcome(self, peers: Sequence[int], excluded: int) -> Header | None:
+        """A header of the newest call, if all that made it count on this rank; else None."""
+        last = [self._last_header(peer) for peer in peers]
         newest = max(header.sequence for header in last)
-        shown = [header.masked for header in last if header.sequence == newest]
-        masked = any(bits >> self._rank & 1 for bits in shown)
-        return 0 if masked or newest <= excluded else newest
+        latest = [header for header in last if header.sequence == newest]
+        masked = any(header.masked >> self._rank & 1 for header in latest)
+        return None if masked or newest <= excluded else latest[0]
 
     def _beat(self) -> None:
         """Show the peers now and then that this rank is itself waiting.

@@ -31,7 +31,7 @@ class Operation(IntEnum):
     @property
     def can_shrink(self) -> bool:
         """Whether the call goes on without ranks that are masked."""
-        return self >= Operation.LOW_LATENCY_DISPATCH
+        return self in {Operation.LOW_LATENCY_DISPATCH, Operation.LOW_LATENCY_COMBINE}
 
     def __str__(self) -> str:
         return self.name.lower().replace("_", " ")

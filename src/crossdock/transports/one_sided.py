@@ -160,7 +160,7 @@ class OneSided:
         told = header._replace(zone=self._free_zone(header), masked=self._roster.bits)
         self._control.post_header(call, told)
         waited_us = self._control.wait(Signal.POSTED, call, phase="route")
-        self._roster.newcomers = frozenset()
+        self._roster.settle_in()
         if self._roster.is_alone:
             return self._alone(call)
         self._control.exclude(self._roster.masked, call)
@@ -172,7 +172,8 @@ class OneSided:
             self._control.signal(Signal.SHARED, call)
             self._control.wait(Signal.SHARED, call, phase="route")
         self._zones = [told.zone for told in headers]
-        return Routed(headers, self._shares(call, headers), waited_us, self._roster.absent())
+        absent, eras = self._roster.absent(), tuple(self._roster.eras)
+        return Routed(headers, self._shares(call, headers), waited_us, absent, eras)
 
     def _free_zone(self, header: Header) -> int:
         """The zone where this rank wants its rows."""
@@ -198,7 +199,8 @@ class OneSided:
             raise UnsupportedError(f"{call}: the other ranks have masked this one")
         nothing = torch.empty(0, dtype=torch.uint8, device="cpu")
         every, num = self._roster.absent(), self._num_ranks
-        return Routed([Header()] * num, [nothing] * num, [0] * num, every)
+        eras = tuple(self._roster.eras)
+        return Routed([Header()] * num, [nothing] * num, [0] * num, every, eras)
 
     def _post_share(self, call: Call, share: torch.Tensor) -> None:
         for dst in range(self._num_ranks):
@@ -260,6 +262,7 @@ class OneSided:
         self._control.wait_for_call_before(call)
         told = header._replace(refused=1, masked=self._roster.bits)
         self._control.post_header(call, told, reason=reason)
+        self._roster.settle_in()
 
     def fail(self, call: Call, error: BaseException) -> None:
         """See `Transport.fail`."""

@@ -1,13 +1,19 @@
 """Who takes part in the calls of a transport that can do without some ranks.
 
 Every rank has its own masks: ranks that its caller masked, or that missed a deadline. Its header
-shows them, and who hears of a mask in a call takes it over, so that after one call all that are
-left agree. A rank that finds itself masked is alone until it is unmasked.
+shows them, and who hears of a mask in a call takes it over. Ranks are only dropped while at least
+half of those that were left remain: a few that are early must not go on without the many.
+
+A rank is told of every call that is made without it. It then knows that it is alone, until it is
+unmasked; and it comes back in the first call whose header counts on it again, with the number and
+the masks of that header. Every masking begins a new *era* of the rank: what was begun in another
+era does not count.
 """
 
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Collection
 
 from crossdock.transports.header import Call, Header
@@ -43,6 +49,7 @@ class Roster:
         self.newcomers: frozenset[int] = frozenset()
         self.returning = False
         self.settled = 0
+        self._lock = threading.Lock()
         self.eras = [0] * num_ranks
 
     @property
@@ -61,6 +68,10 @@ class Roster:
 
     def mask(self, rank: int) -> None:
         """Go on without a rank."""
+        with self._lock:
+            self._mask(rank)
+
+    def _mask(self, rank: int) -> None:
         if rank not in self.masked:
             self.masked |= {rank}
             self.newcomers -= {rank}
@@ -69,18 +80,38 @@ class Roster:
 
     def unmask(self, rank: int) -> None:
         """Count on a rank again. This one may have been masked without knowing."""
-        if rank == self._rank:
-            self.returning = True
-        elif rank in self.masked:
-            self.newcomers |= {rank}
-        self.masked -= {rank}
+        with self._lock:
+            if rank == self._rank:
+                self.returning = True
+            elif rank in self.masked:
+                self.newcomers |= {rank}
+            self.masked -= {rank}
 
-    def come_back(self, excluded: int) -> None:
-        """The others went on without this rank up to a call, and count on it again."""
-        self.returning = False
-        if excluded > self.settled:
+    def come_back(self, excluded: int, header: Header | None) -> None:
+        """Count on those that a header counts on, after the others went on without this rank.
+
+        Args:
+            excluded: the last call that was made without it.
+            header: that counts on it again; None if nobody went on without it.
+        """
+        with self._lock:
+            self.returning = False
+            if header is None:
+                return
             self.settled = excluded
             self.eras[self._rank] += 1
+            others = frozenset(range(self._num_ranks)) - {self._rank}
+            for rank in others:
+                if header.masked >> rank & 1:
+                    self._mask(rank)
+                else:
+                    self.masked -= {rank}
+            self.newcomers = others - self.masked
+
+    def may_drop(self, late: Collection[int]) -> bool:
+        """Whether enough ranks are left without these."""
+        left = self._num_ranks - len(self.masked)
+        return 2 * (left - len(set(late) - self.masked)) >= left
 
     def leave(self, peer: int, call: Call) -> None:
         """A peer goes on without this rank."""
@@ -88,14 +119,15 @@ class Roster:
             _LOG.warning("rank %d was masked by rank %d in %s", self._rank, peer, call)
         self.mask(self._rank)
 
-    def drop(self, late: Collection[int], call: Call) -> bool:
-        """Mask ranks that kept a call waiting, if it goes on without them; whether it does."""
-        if not (self.can_shrink and call.operation.can_shrink):
-            return False
+    def drop(self, late: Collection[int], call: Call) -> None:
+        """Mask ranks that kept a call waiting."""
         _LOG.warning("rank %d masks ranks %s in %s", self._rank, sorted(late), call)
         for rank in late:
             self.mask(rank)
-        return True
+
+    def settle_in(self) -> None:
+        """A call has begun with the newcomers: from now on they owe what all owe."""
+        self.newcomers = frozenset()
 
     def hear(self, peer: int, header: Header, call: Call) -> None:
         """Take over the masks that a peer shows in this call."""

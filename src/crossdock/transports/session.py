@@ -226,7 +226,8 @@ class Session:
     def _give_up(self, call: Call, error: BaseException) -> None:
         told = f"{call} was abandoned: {type(error).__name__}: {error}"
         self._failure = error if isinstance(error, TransportError) else TransportError(told)
-        self.transport.fail(call, error)
+        if not self.closed:
+            self.transport.fail(call, error)
 
     def _tell(self, attempt: Attempt, error: BaseException) -> None:
         """After an error: tell the peers what they cannot know."""
