@@ -152,7 +152,7 @@ class Control:
 
         Args:
             signal: what they signal.
-            call: the call, also where an earlier one is awaited in it: see `before`.
+            call: the call.
             phase: for errors.
             among: the ranks; None for all that are not masked.
 

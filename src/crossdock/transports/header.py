@@ -115,7 +115,7 @@ _AGREED = (
     ("format_code", "dtype of the rows"),
     ("num_topk", "top-k"),
     ("num_experts", "num_experts"),
-    ("flags", "presence of topk_idx and topk_weights"),
+    ("flags", "presence of topk_idx and topk_weights, here or in the dispatch of the handle"),
     ("checksum", "handle"),
 )
 
