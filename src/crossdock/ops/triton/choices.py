@@ -1,0 +1,69 @@
+"""Counting choices of experts, in Triton: how many tokens choose one, and how many earlier ones do.
+
+A token that names an expert twice counts once. `E` is `expert_rows.Experts`.
+
+T tokens here, K top-k.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from crossdock.ops.triton.sync import words_at
+
+__all__ = ["count_choices", "count_earlier"]
+
+
+@triton.jit
+def load_choices(topk_idx, tokens, num_tokens, E: tl.constexpr):
+    """The expert ids of tokens, -1 for none: [N, K] int32."""
+    slot = tl.arange(0, E.padded_topk)
+    real = (tokens < num_tokens)[:, None] & (slot < E.num_topk)[None, :]
+    words = words_at(topk_idx, 8) + tokens[:, None] * E.num_topk + slot[None, :]
+    return tl.load(words, mask=real, other=-1).to(tl.int32)
+
+
+@triton.jit
+def is_repeated(ids, E: tl.constexpr):
+    """Which choices name an expert that an earlier choice of the same token names: [N, K]."""
+    slot = tl.arange(0, E.padded_topk)[None, :]
+    found = ids < -1
+    K: tl.constexpr = E.num_topk
+    for k in tl.static_range(K):
+        this = tl.sum(tl.where(slot == k, ids, 0), 1)
+        found = found | ((ids == this[:, None]) & (slot > k))
+    return found
+
+
+@triton.jit
+def count_choices(topk_idx, num_tokens, E: tl.constexpr):
+    """How many tokens choose each expert: [bins] int32; the last bin holds what is not counted."""
+    total = tl.zeros([E.bins], tl.int32)
+    for begin in range(0, num_tokens, E.tokens):
+        ids = load_choices(topk_idx, begin + tl.arange(0, E.tokens), num_tokens, E)
+        counted = tl.where((ids >= 0) & (is_repeated(ids, E) == 0), ids, E.bins - 1)
+        total += tl.histogram(tl.reshape(counted, [E.tokens * E.padded_topk]), E.bins)
+    return total
+
+
+@triton.jit
+def count_earlier(topk_idx, token, E: tl.constexpr):
+    """For each choice of a token, how many tokens before it choose the same: [K] int32.
+
+    Eight counts are summed as the bytes of one number, so there are at most 128 tokens at a time.
+    """
+    slot = tl.arange(0, E.padded_topk)
+    total = tl.zeros([E.padded_topk], tl.int32)
+    mine = words_at(topk_idx, 8) + token * E.num_topk
+    for begin in range(0, token, E.tokens):
+        theirs = load_choices(topk_idx, begin + tl.arange(0, E.tokens), token, E)
+        K: tl.constexpr = E.num_topk
+        for group in tl.static_range(0, K, 8):
+            bytes_ = tl.zeros([E.tokens], tl.int64)
+            for k in tl.static_range(group, min(group + 8, K)):
+                same = (theirs == tl.load(mine + k).to(tl.int32)) & (theirs >= 0)
+                bytes_ += tl.max(same.to(tl.int64), 1) << (8 * (k - group))
+            found = tl.sum(bytes_, 0) >> (8 * (slot % 8)).to(tl.int64)
+            total += tl.where(slot // 8 == group // 8, found & 0xFF, 0).to(tl.int32)
+    return total

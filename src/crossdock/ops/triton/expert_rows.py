@@ -1,0 +1,290 @@
+"""Low-latency dispatch in one kernel: rows are encoded, sent, and placed by expert.
+
+A row crosses once per (token, rank). Its place follows from three numbers: how many rows its expert
+gets from lower ranks (every rank tells the others, tagged, how many it has for each of their
+experts), how many of earlier tokens of its own rank (the sender counts them and sends the number
+with the row), and where the expert's rows begin. So a row is placed as soon as it has come.
+
+Roles, by ticket: one program tells which rounds are over, one the counts, some send, one lays out,
+the others place. Launched with as many programs as tell and send, the kernel does its first half,
+and the next launch goes on: that is how a hook receives.
+
+T tokens here, K top-k, R ranks, L local experts, M slots for the tokens of a rank, H columns.
+
+Example (2 ranks, 1 expert each, H=1, M=2): rank 0 has x=[[10],[20]], topk_idx=[[0],[1]], rank 1 has
+    x=[[30]], topk_idx=[[0]] -> slab of rank 0: 10 (token 0 of rank 0), 30 (token 0 of rank 1), so
+    recv_count [2]; slab of rank 1: 20
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from crossdock.ops.triton.choices import count_choices, count_earlier
+from crossdock.ops.triton.quantize import UE8M0, encode_row
+from crossdock.ops.triton.sync import (
+    draw_ticket,
+    enter,
+    heap_of,
+    heaps_of,
+    post_rounds,
+    raise_flags,
+    row_at,
+    tagged,
+    wait_flags,
+    wait_for_credit,
+    wait_tagged,
+    words_at,
+)
+
+__all__ = ["dispatch_experts"]
+
+COUNTS = tl.constexpr(1)
+ROWS = tl.constexpr(2)
+CREDIT = tl.constexpr(3)
+
+
+@triton.jit
+def dispatch_experts(
+    tokens,
+    slabs,
+    link,
+    zone,
+    call,
+    ROW: tl.constexpr,
+    E: tl.constexpr,
+    G: tl.constexpr,
+):
+    """Send this rank's rows, and place those that come; see the module."""
+    ticket, number = draw_ticket(link, 3 + call.num_senders + call.num_placers)
+    own = heap_of(link, link.rank)
+    if ticket == 0:
+        enter(link, number, G)
+        post_rounds(link, 4, G)
+    elif ticket == 1:
+        wait_for_credit(own, link.kind, number, link, CREDIT, G)
+        _tell(tokens.topk_idx, link, zone, call, number, E, G)
+    elif ticket < call.num_senders + 2:
+        wait_for_credit(own, link.kind, number, link, CREDIT, G)
+        for token in range(ticket - 2, call.num_tokens, call.num_senders):
+            _send(tokens, token, link, zone, call, number, ROW, E, G)
+    elif ticket == call.num_senders + 2:
+        _lay_out(own, slabs, link, zone, call, number, E, G)
+    else:
+        peer = tl.arange(0, G.padded)
+        words = words_at(own + zone.told, 8) + 2 * peer
+        num_sent = wait_tagged(words, peer < G.size, peer, number, link, COUNTS, G)
+        num_items = G.size * tl.minimum(tl.max(num_sent), call.num_slots)
+        for item in range(ticket - call.num_senders - 3, num_items, call.num_placers):
+            src = (link.rank + item) % G.size
+            if item // G.size < tl.sum(tl.where(peer == src, num_sent, 0)):
+                _place(own, slabs, src, item // G.size, link, zone, call, number, ROW, E, G)
+
+
+@triton.jit
+def _tell(topk_idx, link, zone, call, number, E: tl.constexpr, G: tl.constexpr):
+    """Tell every rank how many tokens there are here, and how many rows for each of its experts."""
+    peer = tl.arange(0, G.padded)
+    base = heaps_of(link, peer, peer < G.size)
+    words = words_at(base + zone.told, 8) + 2 * link.rank
+    tl.store(words, tagged(peer * 0 + call.num_tokens, number), mask=peer < G.size)
+    tl.store(words + 1, tagged(peer * 0 + call.fingerprint, number), mask=peer < G.size)
+    expert = tl.arange(0, E.bins)
+    real = expert < G.size * E.local
+    base = heaps_of(link, expert // E.local, real)
+    words = words_at(base + zone.counts, 8) + link.rank * E.local + expert % E.local
+    tl.store(words, tagged(count_choices(topk_idx, call.num_tokens, E), number), mask=real)
+
+
+@triton.jit
+def _send(
+    tokens, token, link, zone, call, number, ROW: tl.constexpr, E: tl.constexpr, G: tl.constexpr
+):
+    """Write one row to every rank that has an expert for it, and say to all ranks which."""
+    slot = tl.arange(0, E.padded_topk)
+    words = words_at(tokens.topk_idx, 8) + token * E.num_topk + slot
+    ids = tl.load(words, mask=slot < E.num_topk, other=-1).to(tl.int32)
+    owner = tl.where(ids >= 0, ids // E.local, -1)
+    row, scales = _load_row(tokens, token, ROW)
+    begin = zone.landing + tl.cast(link.rank * call.num_slots + token, tl.int64) * ROW.stride
+    SIZE: tl.constexpr = G.size
+    for step in tl.static_range(SIZE):
+        dst = (link.rank + 1 + step) % SIZE
+        if tl.max((owner == dst).to(tl.int32)) > 0:
+            _store_row(heap_of(link, dst) + begin, row, scales, ROW)
+    # Counted while the rows are on the link.
+    choices = tagged(count_earlier(tokens.topk_idx, token, E), ids & 0x7FFFFFFF)
+    for step in tl.static_range(SIZE):
+        dst = (link.rank + 1 + step) % SIZE
+        if tl.max((owner == dst).to(tl.int32)) > 0:
+            at = heap_of(link, dst) + begin + ROW.choices_at
+            tl.store(words_at(at, 8) + slot, choices, mask=slot < E.num_topk)
+            if E.has_weights:
+                mine = words_at(tokens.topk_weights, 4) + token * E.num_topk + slot
+                weights = tl.load(mine, mask=slot < E.num_topk, other=0)
+                theirs = words_at(at + 8 * E.num_topk, 4) + slot
+                tl.store(theirs, weights, mask=slot < E.num_topk)
+    peer = tl.arange(0, G.padded)
+    is_sent = tl.max((owner[None, :] == peer[:, None]).to(tl.int32), 1)
+    base = heaps_of(link, peer, peer < SIZE)
+    words = words_at(base + zone.flags, 4) + link.rank * call.num_slots + token
+    raise_flags(words, peer < SIZE, number * 2 + is_sent)
+
+
+@triton.jit
+def _load_row(tokens, token, ROW: tl.constexpr):
+    """Payload and scales of a token, encoded if the format asks for it."""
+    if ROW.rule != "":
+        column = tl.arange(0, ROW.blocks)[:, None] * ROW.block + tl.arange(0, ROW.block)[None, :]
+        begin = tokens.x + tl.cast(token, tl.int64) * (2 * ROW.hidden)
+        if ROW.hidden % 8 == 0:
+            bits = tl.load(row_at(begin, tl.int16) + column, mask=column < ROW.hidden, other=0)
+        else:
+            bits = tl.load(words_at(begin, 2) + column, mask=column < ROW.hidden, other=0)
+        values = bits.to(tl.bfloat16, bitcast=True).to(tl.float32)
+        return encode_row(values, ROW.rule, ROW.element, ROW.min_amax, ROW.use_casts)
+    else:
+        word = tl.arange(0, ROW.padded_words)
+        scale = tl.arange(0, ROW.padded_scales)
+        begin = words_at(tokens.x + tl.cast(token, tl.int64) * ROW.num_bytes, ROW.word)
+        row = tl.load(begin + word, mask=word < ROW.num_words)
+        scales = tl.zeros([ROW.padded_scales], tl.int32)
+        if ROW.num_scales:
+            begin = words_at(tokens.scales + tl.cast(token, tl.int64) * (4 * ROW.num_scales), 4)
+            scales = tl.load(begin + scale, mask=scale < ROW.num_scales)
+        return row, scales
+
+
+@triton.jit
+def _store_row(at, row, scales, ROW: tl.constexpr):
+    if ROW.rule != "":
+        column = tl.arange(0, ROW.blocks)[:, None] * ROW.block + tl.arange(0, ROW.block)[None, :]
+        tl.store(row_at(at, tl.uint8) + column, row, mask=column < ROW.hidden)
+        block = tl.arange(0, ROW.blocks)
+        if ROW.rule == UE8M0:
+            words = words_at(at + ROW.scales_at, 1) + block
+            tl.store(words, scales.to(tl.uint8), mask=block < 4 * ROW.num_scales)
+        else:
+            words = words_at(at + ROW.scales_at, 4) + block
+            tl.store(words, scales.to(tl.int32, bitcast=True), mask=block < ROW.num_scales)
+    else:
+        word = tl.arange(0, ROW.padded_words)
+        tl.store(words_at(at, ROW.word) + word, row, mask=word < ROW.num_words)
+        if ROW.num_scales:
+            scale = tl.arange(0, ROW.padded_scales)
+            words = words_at(at + ROW.scales_at, 4) + scale
+            tl.store(words, scales.to(tl.int32, bitcast=True), mask=scale < ROW.num_scales)
+
+
+@triton.jit
+def _lay_out(own, slabs, link, zone, call, number, E: tl.constexpr, G: tl.constexpr):
+    """Say which rows each expert gets from each rank, and how many in all."""
+    expert, src = tl.arange(0, E.padded_local), tl.arange(0, G.padded)
+    words = words_at(own + zone.counts, 8) + src[:, None] * E.local + expert[None, :]
+    real = (src[:, None] < G.size) & (expert[None, :] < E.local)
+    ranks = src[:, None] + expert[None, :] * 0
+    counts = wait_tagged(words, real, ranks, number, link, COUNTS, G)
+    begin = tl.cumsum(counts, 0) - counts
+    words = words_at(slabs.layout_range, 8) + expert[None, :] * G.size + src[:, None]
+    tl.store(words, (begin.to(tl.int64) << 32) | counts.to(tl.int64), mask=real)
+    total = tl.sum(counts, 0)
+    tl.store(words_at(slabs.recv_count, 4) + expert, total, mask=expert < E.local)
+    if E.counts_rows:
+        received = words_at(slabs.received, 4) + expert
+        before = tl.load(received, mask=expert < E.local, other=0)
+        tl.store(received, before + total, mask=expert < E.local)
+    words = words_at(own + zone.told, 8) + 2 * src
+    num_sent = wait_tagged(words, src < G.size, src, number, link, COUNTS, G)
+    tl.store(words_at(slabs.src_info, 4) + slabs.num_sent + src, num_sent, mask=src < G.size)
+
+
+@triton.jit
+def _place(
+    own,
+    slabs,
+    src,
+    token,
+    link,
+    zone,
+    call,
+    number,
+    ROW: tl.constexpr,
+    E: tl.constexpr,
+    G: tl.constexpr,
+):
+    """Copy one row to the experts that it is for, if it is for some here, and remember where."""
+    slot = tl.arange(0, E.padded_topk)
+    item = src * call.num_slots + token
+    words = words_at(own + zone.flags, 4) + item + slot * 0
+    flag = wait_flags(words, slot == 0, slot * 0 + src, number, link, ROWS, G, 1)
+    to = words_at(slabs.src_info, 4) + slabs.row_of + item * E.num_topk + slot
+    if tl.max(flag) == number * 2 + 1:
+        at = own + zone.landing + tl.cast(item, tl.int64) * ROW.stride
+        choices = tl.load(
+            words_at(at + ROW.choices_at, 8) + slot, mask=slot < E.num_topk, other=0x7FFFFFFF
+        )
+        local = (choices & 0x7FFFFFFF).to(tl.int32) - link.rank * E.local
+        is_here = (slot < E.num_topk) & (local >= 0) & (local < E.local)
+        begin = _begin_of(own, local, is_here, src, link, zone, call, number, E, G)
+        rows = begin + (choices >> 32).to(tl.int32)
+        limit = call.num_slots * (G.size * (min(E.num_topk, E.local) if E.compact else E.local))
+        is_here = is_here & (rows >= 0) & (rows < limit)
+        tl.store(to, tl.where(is_here, rows, -1), mask=slot < E.num_topk)
+        tl.store(words_at(slabs.src_info, 4) + rows, token + slot * 0, mask=is_here)
+        if E.has_weights:
+            words = words_at(at + ROW.choices_at + 8 * E.num_topk, 4) + slot
+            weights = tl.load(words, mask=is_here, other=0)
+            words = words_at(slabs.src_info, 4) + slabs.weights + item * E.num_topk + slot
+            tl.store(words, weights, mask=is_here)
+        _copy(at, slabs, tl.where(is_here, rows, -1), call, ROW, E, G)
+    else:
+        tl.store(to, slot * 0 - 1, mask=slot < E.num_topk)
+
+
+@triton.jit
+def _begin_of(own, local, is_here, src, link, zone, call, number, E: tl.constexpr, G: tl.constexpr):
+    """The first row that each of these experts has of a rank: [K] int32."""
+    lower = tl.arange(0, G.padded)
+    words = words_at(own + zone.counts, 8) + lower[:, None] * E.local + local[None, :]
+    wanted = (lower < src)[:, None] & is_here[None, :]
+    ranks = lower[:, None] + local[None, :] * 0
+    before = tl.sum(wait_tagged(words, wanted, ranks, number, link, COUNTS, G), 0)
+    if E.compact:
+        expert = tl.arange(0, E.padded_local)
+        words = words_at(own + zone.counts, 8) + lower[:, None] * E.local + expert[None, :]
+        wanted = (lower < G.size)[:, None] & (expert < E.local)[None, :]
+        ranks = lower[:, None] + expert[None, :] * 0
+        total = tl.sum(wait_tagged(words, wanted, ranks, number, link, COUNTS, G), 0)
+        below = expert[None, :] < local[:, None]
+        return before + tl.sum(tl.where(below, total[None, :], 0), 1)
+    else:
+        return before + local * (G.size * call.num_slots)
+
+
+@triton.jit
+def _copy(at, slabs, rows, call, ROW: tl.constexpr, E: tl.constexpr, G: tl.constexpr):
+    """Copy the row that has landed to the rows of the slabs that are not -1, to each once."""
+    slot = tl.arange(0, E.padded_topk)
+    word = tl.arange(0, ROW.padded_words)
+    scale = tl.arange(0, ROW.padded_scales)
+    is_there = tl.max(rows) >= 0
+    payload = tl.load(words_at(at, ROW.word) + word, mask=(word < ROW.num_words) & is_there)
+    if ROW.num_scales:
+        words = words_at(at + ROW.scales_at, 4) + scale
+        scales = tl.load(words, mask=(scale < ROW.num_scales) & is_there)
+    K: tl.constexpr = E.num_topk
+    for k in tl.static_range(K):
+        row = tl.sum(tl.where(slot == k, rows, 0))
+        if (row >= 0) & (tl.max(((rows == row) & (slot < k)).to(tl.int32)) == 0):
+            to = slabs.payload + row.to(tl.int64) * ROW.num_bytes
+            tl.store(words_at(to, ROW.word) + word, payload, mask=word < ROW.num_words)
+            if ROW.num_scales:
+                slab_rows = G.size * call.num_slots
+                begin = row.to(tl.int64) * slabs.scale_row
+                if not E.compact:
+                    begin = (row // slab_rows).to(tl.int64) * slabs.scale_expert
+                    begin += (row % slab_rows) * slabs.scale_row
+                to = slabs.scales + 4 * begin
+                words = words_at(to, 4) + scale.to(tl.int64) * slabs.scale_column
+                tl.store(words, scales, mask=scale < ROW.num_scales)

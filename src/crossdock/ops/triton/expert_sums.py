@@ -1,0 +1,249 @@
+"""Low-latency combine in one kernel: rows are weighted, added up, sent back, and added up again.
+
+Roles, by ticket: one program tells which rounds are over; a few send the weights ahead, tagged, to
+the ranks that own the experts; some add up what this rank's experts have for a token, wait for its
+weights, and send one row back; the others wait for the rows of a token of this rank and add them up
+in rank order. Launched in two parts it is a hook, as in `expert_rows`.
+
+Sums are float32: those of a rank by ascending choice, those of the ranks by ascending rank.
+
+T tokens here, K top-k, R ranks, L local experts, M slots for the tokens of a rank, H columns.
+
+Example (2 ranks, 1 expert each, H=1): a token of rank 0 chose experts [0,1] with weights [0.5,2];
+    they return 10 and 20 -> rank 0 sends 5 to itself, rank 1 sends 40, the token gets 45
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from crossdock.ops.triton.quantize import round_sum
+from crossdock.ops.triton.sync import (
+    Address,
+    draw_ticket,
+    enter,
+    heap_of,
+    heaps_of,
+    post_rounds,
+    raise_flags,
+    row_at,
+    tagged,
+    wait_flags,
+    wait_for_credit,
+    wait_tagged,
+    words_at,
+)
+
+__all__ = ["Chosen", "Partial", "ReturnCall", "ReturnZone", "Returned", "combine_experts"]
+
+WEIGHTS = tl.constexpr(4)
+SUMS = tl.constexpr(5)
+CREDIT = tl.constexpr(6)
+
+
+class Partial(NamedTuple):
+    """How a rank's sum travels, as constants of a kernel.
+
+    Attributes:
+        hidden, padded: H, and the next power of two.
+        is_float: float32, otherwise bf16.
+        stride: bytes from row to row.
+        aligned: whether rows of x begin on 16-byte bounds.
+        num_topk, padded_topk: K.
+        local: L.
+        tellers: programs that send weights ahead; 0 where dispatch was given them.
+        at_once: weights that one sends at a time, a power of two.
+    """
+
+    hidden: int
+    padded: int
+    is_float: bool
+    stride: int
+    aligned: bool
+    num_topk: int
+    padded_topk: int
+    local: int
+    tellers: int
+    at_once: int
+
+
+class Chosen(NamedTuple):
+    """This rank's tokens: topk_idx and weights [T, K], and where the result goes [T, H] bf16."""
+
+    topk_idx: Address
+    topk_weights: Address
+    out: Address
+
+
+class Returned(NamedTuple):
+    """What the experts return: x, and of `Slabs` src_info and what lies behind it."""
+
+    x: Address
+    src_info: Address
+    row_of: int
+    weights: int
+    num_sent: int
+
+
+class ReturnZone(NamedTuple):
+    """Offsets in the heap.
+
+    Attributes:
+        landing: [R, M] rows, by the rank that sends them.
+        flags: [R, M] int32, the number of the round.
+        weights: [R, M, K] tagged, by the rank whose tokens they are of.
+    """
+
+    landing: Address
+    flags: Address
+    weights: Address
+
+
+class ReturnCall(NamedTuple):
+    """What changes from call to call: T, M, programs."""
+
+    num_tokens: int
+    num_slots: int
+    num_senders: int
+    num_reducers: int
+
+
+@triton.jit
+def combine_experts(chosen, returned, link, zone, call, P: tl.constexpr, G: tl.constexpr):
+    """Send the sums of this rank's experts, and add up those that come; see the module."""
+    TELLERS: tl.constexpr = 1 + P.tellers
+    ticket, number = draw_ticket(link, TELLERS + call.num_senders + call.num_reducers)
+    own = heap_of(link, link.rank)
+    if ticket == 0:
+        enter(link, number, G)
+        post_rounds(link, 4, G)
+    elif ticket < TELLERS:
+        wait_for_credit(own, link.kind, number, link, CREDIT, G)
+        _send_weights(ticket - 1, chosen, link, zone, call, number, P, G)
+    elif ticket < TELLERS + call.num_senders:
+        wait_for_credit(own, link.kind, number, link, CREDIT, G)
+        peer = tl.arange(0, G.padded)
+        words = words_at(returned.src_info, 4) + returned.num_sent + peer
+        num_sent = tl.load(words, mask=peer < G.size, other=0)
+        for item in range(ticket - TELLERS, G.size * tl.max(num_sent), call.num_senders):
+            src = (link.rank + 1 + item) % G.size
+            if item // G.size < tl.sum(tl.where(peer == src, num_sent, 0)):
+                _send_sum(own, returned, src, item // G.size, link, zone, call, number, P, G)
+    else:
+        first = ticket - TELLERS - call.num_senders
+        for token in range(first, call.num_tokens, call.num_reducers):
+            _reduce(own, chosen, token, link, zone, call, number, P, G)
+
+
+@triton.jit
+def _send_weights(nth, chosen, link, zone, call, number, P: tl.constexpr, G: tl.constexpr):
+    """Send every weight to the rank that owns its expert."""
+    num_words = call.num_tokens * P.num_topk
+    for begin in range(nth * P.at_once, num_words, P.tellers * P.at_once):
+        word = begin + tl.arange(0, P.at_once)
+        ids = tl.load(words_at(chosen.topk_idx, 8) + word, mask=word < num_words, other=-1)
+        ids = ids.to(tl.int32)
+        weights = tl.load(words_at(chosen.topk_weights, 4) + word, mask=ids >= 0, other=0)
+        base = heaps_of(link, ids // P.local, ids >= 0)
+        words = words_at(base + zone.weights, 8) + link.rank * call.num_slots * P.num_topk + word
+        tl.store(words, tagged(weights, number), mask=ids >= 0)
+
+
+@triton.jit
+def _row_at(address, P: tl.constexpr):
+    """Pointer to the elements of a row of the caller's."""
+    if P.aligned:
+        return row_at(address, tl.bfloat16)
+    else:
+        return tl.cast(address, tl.int64).to(tl.pointer_type(tl.bfloat16), bitcast=True)
+
+
+@triton.jit
+def _term(returned, rows, which, lane, P: tl.constexpr):
+    """The one row of x that is meant; zeros if none is."""
+    row = tl.sum(tl.where(which, rows, 0))
+    there = tl.max(which.to(tl.int32)) > 0
+    begin = returned.x + row.to(tl.int64) * (2 * P.hidden)
+    term = tl.load(_row_at(begin, P) + lane, mask=(lane < P.hidden) & there, other=0.0)
+    return term.to(tl.float32)
+
+
+@triton.jit
+def _weights(own, returned, word, rows, src, link, zone, number, P: tl.constexpr, G: tl.constexpr):
+    """The weights of a token's choices here: [K] float32."""
+    if P.tellers == 0:
+        known = words_at(returned.src_info, 4) + returned.weights + word
+        bits = tl.load(known, mask=rows >= 0, other=0)
+    else:
+        words = words_at(own + zone.weights, 8) + word
+        bits = wait_tagged(words, rows >= 0, rows * 0 + src, number, link, WEIGHTS, G)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _send_sum(
+    own, returned, src, token, link, zone, call, number, P: tl.constexpr, G: tl.constexpr
+):
+    """Add up what the experts here have for a token, weighted, and send it to its rank."""
+    slot = tl.arange(0, P.padded_topk)
+    lane = tl.arange(0, P.padded)
+    word = (src * call.num_slots + token) * P.num_topk + slot
+    rows = tl.load(
+        words_at(returned.src_info, 4) + returned.row_of + word, mask=slot < P.num_topk, other=-1
+    )
+    if tl.max(rows) >= 0:
+        chosen = rows >= 0
+        nth = tl.cumsum(chosen.to(tl.int32), 0) - 1
+        first, second = chosen & (nth == 0), chosen & (nth == 1)
+        # Loaded while the weights are on their way.
+        term, other = _term(returned, rows, first, lane, P), _term(returned, rows, second, lane, P)
+        weights = _weights(own, returned, word, rows, src, link, zone, number, P, G)
+        total = term * tl.sum(tl.where(first, weights, 0.0))
+        total += other * tl.sum(tl.where(second, weights, 0.0))
+        for pair in range(2, tl.sum(chosen.to(tl.int32)), 2):
+            first, second = chosen & (nth == pair), chosen & (nth == pair + 1)
+            term = _term(returned, rows, first, lane, P)
+            other = _term(returned, rows, second, lane, P)
+            total += term * tl.sum(tl.where(first, weights, 0.0))
+            total += other * tl.sum(tl.where(second, weights, 0.0))
+        begin = tl.cast(link.rank * call.num_slots + token, tl.int64) * P.stride
+        base = heap_of(link, src)
+        to = base + zone.landing + begin
+        if P.is_float:
+            tl.store(row_at(to, tl.float32) + lane, total, mask=lane < P.hidden)
+        else:
+            partial = round_sum(total, tl.bfloat16, G.is_compiled)
+            tl.store(row_at(to, tl.bfloat16) + lane, partial, mask=lane < P.hidden)
+        flag = words_at(base + zone.flags, 4) + link.rank * call.num_slots + token
+        raise_flags(flag, None, number)
+
+
+@triton.jit
+def _reduce(own, chosen, token, link, zone, call, number, P: tl.constexpr, G: tl.constexpr):
+    """Add up the rows of a token in rank order."""
+    slot, peer = tl.arange(0, P.padded_topk), tl.arange(0, G.padded)
+    lane = tl.arange(0, P.padded)
+    words = words_at(chosen.topk_idx, 8) + token * P.num_topk + slot
+    ids = tl.load(words, mask=slot < P.num_topk, other=-1).to(tl.int32)
+    owner = tl.where(ids >= 0, ids // P.local, -1)
+    is_there = tl.max((owner[None, :] == peer[:, None]).to(tl.int32), 1) > 0
+    words = words_at(own + zone.flags, 4) + peer * call.num_slots + token
+    flags = wait_flags(words, is_there, peer, number, link, SUMS, G, 0)
+    total = tl.zeros([P.padded], tl.float32)
+    SIZE: tl.constexpr = G.size
+    for r in tl.static_range(SIZE):
+        here = tl.max(tl.where((peer == r) & is_there, flags, 0)) == number
+        begin = tl.cast(r * call.num_slots + token, tl.int64) * P.stride
+        begin += own + zone.landing
+        wanted = (lane < P.hidden) & here
+        if P.is_float:
+            total += tl.load(row_at(begin, tl.float32) + lane, mask=wanted, other=0.0)
+        else:
+            row = row_at(begin, tl.bfloat16)
+            total += tl.load(row + lane, mask=wanted, other=0.0).to(tl.float32)
+    to = chosen.out + tl.cast(token, tl.int64) * (2 * P.hidden)
+    rounded = round_sum(total, tl.bfloat16, G.is_compiled)
+    tl.store(_row_at(to, P) + lane, rounded, mask=lane < P.hidden)
