@@ -11,7 +11,15 @@ from typing import NamedTuple
 
 from crossdock.errors import ConfigError
 
-__all__ = ["VARIABLES", "Variable", "debug", "first_call_timeout_s", "timeout_s", "transport"]
+__all__ = [
+    "VARIABLES",
+    "Variable",
+    "debug",
+    "first_call_timeout_s",
+    "interprets_kernels",
+    "timeout_s",
+    "transport",
+]
 
 
 class Variable(NamedTuple):
@@ -37,6 +45,12 @@ VARIABLES = (
         "seconds a rank waits for its peers in every later call; 0: for ever",
     ),
     Variable("CROSSDOCK_TRANSPORT", "", "transport to take instead of the best that fits"),
+    Variable(
+        "TRITON_INTERPRET",
+        "0",
+        "1, set before Triton is imported: the device transport runs its kernels in Triton's "
+        "interpreter, on CPU tensors; for tests",
+    ),
 )
 
 
@@ -71,3 +85,8 @@ def first_call_timeout_s() -> float:
 def transport() -> str | None:
     """Name of the transport to use, or None to choose."""
     return _read("CROSSDOCK_TRANSPORT") or None
+
+
+def interprets_kernels() -> bool:
+    """Whether Triton runs kernels in its interpreter."""
+    return _read("TRITON_INTERPRET") not in ("", "0")

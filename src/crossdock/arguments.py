@@ -55,17 +55,17 @@ def check_tensor(
     Raises:
         ShapeError: it has not, or is missing.
     """
+    if value is not None and value.dtype == dtype and len(value.shape) == len(shape):
+        have = value.shape
+        if all(length in (None, size) for length, size in zip(shape, have, strict=True)):
+            return value
     sizes = ", ".join("any" if length is None else str(length) for length in shape)
-    expected = f"{str(dtype).removeprefix('torch.')} [{sizes}]"
-    if value is None:
-        raise ShapeError(name, got=None, expected=expected)
-    fits = value.dim() == len(shape) and all(
-        length in (None, have) for length, have in zip(shape, value.shape, strict=True)
-    )
-    if value.dtype != dtype or not fits:
-        got = f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
-        raise ShapeError(name, got=got, expected=expected)
-    return value
+    got = None if value is None else f"{_name(value.dtype)} {list(value.shape)}"
+    raise ShapeError(name, got=got, expected=f"{_name(dtype)} [{sizes}]")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True)
@@ -102,9 +102,8 @@ class DispatchArguments:
         self._check_selection(num_tokens, per_expert.shape[0])
         if _env.debug() and self.topk_idx is not None:
             _check_presence(self.topk_idx, in_rank, experts_here)
-        idx = None if self.topk_idx is None else self.topk_idx.int()
         weights = None if self.topk_weights is None else self.topk_weights.detach()
-        return RoutingShare(in_rank, per_expert, idx, weights)
+        return RoutingShare(in_rank, per_expert, self.topk_idx, weights)
 
     def _check_numbers(self) -> None:
         if self.expert_alignment < 1:
@@ -187,10 +186,10 @@ def checked_selection(
         raise ShapeError("num_max_dispatch_tokens_per_rank", got=num_slots, expected=expected)
     check_expert_ids(topk_idx, num_experts)
     if topk_weights is None:
-        return Selection(topk_idx.int())
+        return Selection(topk_idx.contiguous())
     shape = (num_tokens, topk_idx.shape[1])
     check_tensor("topk_weights", topk_weights, dtype=torch.float32, shape=shape)
-    return Selection(topk_idx.int(), topk_weights.detach().clone())
+    return Selection(topk_idx.contiguous(), topk_weights.detach().contiguous())
 
 
 def checked_expert_rows(x: torch.Tensor, handle: LowLatencyHandle) -> torch.Tensor:

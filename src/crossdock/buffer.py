@@ -31,7 +31,7 @@ from crossdock.errors import (
     ShapeError,
     UnsupportedError,
 )
-from crossdock.events import EventHandle, EventOverlap, event_after
+from crossdock.events import AnyEvent, EventHandle, EventOverlap, Turn
 from crossdock.exchange import Exchange
 from crossdock.formats import RowFormat, TokenFormat
 from crossdock.handle import Handle
@@ -41,13 +41,13 @@ from crossdock.topology import Communicator, Topology
 from crossdock.transports import Limits, select
 from crossdock.transports.header import Operation
 from crossdock.transports.session import Session
+from crossdock.transports.symmetric import Symmetric
+from crossdock.verbs import Dispatched, ExchangeCalls, LowLatencyCalls
 
 __all__ = ["Buffer", "topk_idx_t"]
 
 topk_idx_t = torch.int64
 """dtype of `topk_idx`."""
-
-_Event = EventOverlap | EventHandle | None
 
 
 class Buffer(DecodingCalls):
@@ -156,15 +156,17 @@ class Buffer(DecodingCalls):
         name = transport if transport is not None else _env.transport()
         self._session = Session(select(topology, limits, name=name), given.timeouts())
         self.transport = self._session.transport.name
-        self._exchange = Exchange(topology, self._session, reserve_tokens=max_tokens_per_rank)
         self._options = options
-        self._low_latency = LowLatency(topology, self._session, partials=options.partials_dtype)
+        self._stream = self._session.transport.stream
+        self._exchange, self._low_latency = _verbs(
+            topology, self._session, partials=options.partials_dtype, reserve=max_tokens_per_rank
+        )
 
     def get_dispatch_layout(
         self,
         topk_idx: torch.Tensor,
         num_experts: int,
-        previous_event: _Event = None,
+        previous_event: AnyEvent = None,
         async_finish: bool = False,
         allocate_on_comm_stream: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor, EventOverlap]:
@@ -175,7 +177,7 @@ class Buffer(DecodingCalls):
             num_experts: E, experts of the whole group.
             previous_event: what to wait for first.
             async_finish: return an event instead of waiting.
-            allocate_on_comm_stream: accepted; results belong to the current stream.
+            allocate_on_comm_stream: accepted; results may be used on either stream.
 
         Returns:
             `(num_tokens_per_rank [R] int32, None, num_tokens_per_expert [E] int32,
@@ -187,10 +189,10 @@ class Buffer(DecodingCalls):
         Raises:
             ShapeError: not [T, K] int64, or E is no multiple of R, or an id is not below E.
         """
-        _wait_for(previous_event)
-        check_tensor("topk_idx", topk_idx, dtype=topk_idx_t, shape=(None, None))
-        found = dispatch_layout(topk_idx, num_experts, self.group_size)
-        event = event_after(async_finish, topk_idx)
+        with self._turn(previous_event, async_finish) as turn:
+            check_tensor("topk_idx", topk_idx, dtype=topk_idx_t, shape=(None, None))
+            found = dispatch_layout(topk_idx, num_experts, self.group_size)
+            event = turn.event(topk_idx, *vars(found).values())
         per_rank, per_expert = found.num_tokens_per_rank, found.num_tokens_per_expert
         return per_rank, None, per_expert, found.is_token_in_rank, event
 
@@ -207,7 +209,7 @@ class Buffer(DecodingCalls):
         expert_alignment: int = 1,
         num_worst_tokens: int = 0,
         config: Config | None = None,
-        previous_event: _Event = None,
+        previous_event: AnyEvent = None,
         async_finish: bool = False,
         allocate_on_comm_stream: bool = False,
         *,
@@ -240,7 +242,7 @@ class Buffer(DecodingCalls):
             config: knobs; None for `Buffer.get_dispatch_config`.
             previous_event: what to wait for first.
             async_finish: return an event instead of waiting.
-            allocate_on_comm_stream: accepted; results belong to the current stream.
+            allocate_on_comm_stream: accepted; results may be used on either stream.
             dispatch_wait_recv_cost_stats: [R] int64, or [R, R] with a row for each waiting rank;
                 the microseconds that this rank waited for each source are added; or None.
 
@@ -264,39 +266,41 @@ class Buffer(DecodingCalls):
             PeerTimeoutError: some ranks did not come.
             BufferTooSmallError: `max_buffer_bytes` does not allow it.
         """
-        _wait_for(previous_event)
-        self._config(config, "get_dispatch_config")
-        if handle is not None:
-            with self._session.checking(Operation.CACHED_DISPATCH):
-                named = Handle.of(handle, num_ranks=self.group_size)
+        num_sms = self._config(config, "get_dispatch_config").num_sms
+        with self._turn(previous_event, async_finish) as turn:
+            if handle is not None:
+                with self._session.checking(Operation.CACHED_DISPATCH):
+                    named = Handle.of(handle, num_ranks=self.group_size)
+                    waits = self._waits(
+                        "dispatch_wait_recv_cost_stats", dispatch_wait_recv_cost_stats
+                    )
+                again = self._exchange.dispatch_again(x, named, num_sms=num_sms)
+                add_waits(waits, again.waited_us)
+                event = turn.event(*_parts(x), *_parts(again.tokens), *named)
+                return again.tokens, None, None, None, None, event
+            given = DispatchArguments(
+                is_token_in_rank,
+                num_tokens_per_expert,
+                topk_idx,
+                topk_weights,
+                expert_alignment=expert_alignment,
+                num_worst_tokens=num_worst_tokens,
+            )
+            with self._session.checking(Operation.DISPATCH):
+                routing = given.checked(x, num_ranks=self.group_size)
                 waits = self._waits("dispatch_wait_recv_cost_stats", dispatch_wait_recv_cost_stats)
-            again = self._exchange.dispatch_again(x, named)
-            add_waits(waits, again.waited_us)
-            event = event_after(async_finish, *_parts(x))
-            return again.tokens, None, None, None, None, event
-        given = DispatchArguments(
-            is_token_in_rank,
-            num_tokens_per_expert,
-            topk_idx,
-            topk_weights,
-            expert_alignment=expert_alignment,
-            num_worst_tokens=num_worst_tokens,
-        )
-        with self._session.checking(Operation.DISPATCH):
-            routing = given.checked(x, num_ranks=self.group_size)
-            waits = self._waits("dispatch_wait_recv_cost_stats", dispatch_wait_recv_cost_stats)
-        done = self._exchange.dispatch(
-            x, routing, alignment=expert_alignment, num_worst_tokens=num_worst_tokens
-        )
-        add_waits(waits, done.waited_us)
-        return (
-            done.tokens,
-            done.topk_idx,
-            done.topk_weights,
-            done.num_tokens_per_expert,
-            done.handle,
-            event_after(async_finish, *_parts(x)),
-        )
+            done: Dispatched[AnyTokens] = self._exchange.dispatch(
+                x,
+                routing,
+                alignment=expert_alignment,
+                num_worst_tokens=num_worst_tokens,
+                num_sms=num_sms,
+            )
+            add_waits(waits, done.waited_us)
+            made = (*_parts(done.tokens), done.topk_idx, done.topk_weights, *done.handle)
+            event = turn.event(*_parts(x), topk_idx, topk_weights, num_tokens_per_expert, *made)
+        per_expert = done.num_tokens_per_expert
+        return done.tokens, done.topk_idx, done.topk_weights, per_expert, done.handle, event
 
     def combine(
         self,
@@ -305,7 +309,7 @@ class Buffer(DecodingCalls):
         topk_weights: torch.Tensor | None = None,
         bias: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None = None,
         config: Config | None = None,
-        previous_event: _Event = None,
+        previous_event: AnyEvent = None,
         async_finish: bool = False,
         allocate_on_comm_stream: bool = False,
         *,
@@ -322,7 +326,7 @@ class Buffer(DecodingCalls):
             config: knobs; None for `Buffer.get_combine_config`.
             previous_event: what to wait for first.
             async_finish: return an event instead of waiting.
-            allocate_on_comm_stream: accepted; results belong to the current stream.
+            allocate_on_comm_stream: accepted; results may be used on either stream.
             combine_wait_recv_cost_stats: as `dispatch_wait_recv_cost_stats` of dispatch.
 
         Returns:
@@ -334,15 +338,18 @@ class Buffer(DecodingCalls):
 
         Raises: as `dispatch`.
         """
-        _wait_for(previous_event)
-        self._config(config, "get_combine_config")
-        with self._session.checking(Operation.COMBINE):
-            named = Handle.of(handle, num_ranks=self.group_size)
-            terms = checked_bias(x, named, topk_weights=topk_weights, bias=bias)
-            waits = self._waits("combine_wait_recv_cost_stats", combine_wait_recv_cost_stats)
-        done = self._exchange.combine(x, named, topk_weights=topk_weights, bias=terms)
-        add_waits(waits, done.waited_us)
-        return done.rows, done.topk_weights, event_after(async_finish, *_parts(x))
+        num_sms = self._config(config, "get_combine_config").num_sms
+        with self._turn(previous_event, async_finish) as turn:
+            with self._session.checking(Operation.COMBINE):
+                named = Handle.of(handle, num_ranks=self.group_size)
+                terms = checked_bias(x, named, topk_weights=topk_weights, bias=bias)
+                waits = self._waits("combine_wait_recv_cost_stats", combine_wait_recv_cost_stats)
+            done = self._exchange.combine(
+                x, named, topk_weights=topk_weights, bias=terms, num_sms=num_sms
+            )
+            add_waits(waits, done.waited_us)
+            event = turn.event(x, topk_weights, *terms, done.rows, done.topk_weights, *named)
+        return done.rows, done.topk_weights, event
 
     def warmup(self, num_tokens: int, hidden: int, dtype: torch.dtype = torch.bfloat16) -> None:
         """Make room for calls of this size and wait until every rank is here.
@@ -370,6 +377,7 @@ class Buffer(DecodingCalls):
             TransportError: an earlier call was abandoned, or the buffer was destroyed.
         """
         self._session.check()
+        self._exchange.check()
 
     def destroy(self) -> None:
         """Give up the buffer's memory. Idempotent.
@@ -423,10 +431,14 @@ class Buffer(DecodingCalls):
         """The stream that operations run on.
 
         Raises:
-            UnsupportedError: always in this version: transports run on the host or on the
-                current stream.
+            UnsupportedError: the transport moves rows on the host, or on the current stream.
         """
-        raise UnsupportedError("get_comm_stream: there is no communication stream on CPU")
+        if self._stream is None:
+            raise UnsupportedError(f"the {self.transport} transport has no communication stream")
+        return self._stream
+
+    def _turn(self, previous_event: AnyEvent, async_finish: bool) -> Turn:
+        return Turn(self._stream, previous_event, async_finish=async_finish)
 
     @staticmethod
     def capture() -> EventOverlap:
@@ -446,8 +458,8 @@ class Buffer(DecodingCalls):
 
     @staticmethod
     def is_sm90_compiled() -> bool:
-        """Whether kernels for sm_90 are in use: never in this version, which has none."""
-        return False
+        """Whether this GPU is of compute capability 9.0 or newer."""
+        return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
 
     @staticmethod
     def get_dispatch_config(num_ranks: int) -> Config:
@@ -488,11 +500,16 @@ class Buffer(DecodingCalls):
         return chosen
 
 
-def _wait_for(previous: _Event) -> None:
-    """Make the current stream wait for an event of any kind; None and finished ones are fine."""
-    event = previous if isinstance(previous, EventHandle) else getattr(previous, "event", None)
-    if event is not None:
-        event.current_stream_wait()
+def _verbs(
+    topology: Topology, session: Session, *, partials: torch.dtype, reserve: int
+) -> tuple[ExchangeCalls, LowLatencyCalls]:
+    """Who makes the calls: the host, or kernels that it launches."""
+    if isinstance(session.transport, Symmetric):
+        from crossdock.device import device_verbs
+
+        return device_verbs(session.transport, session, partials=partials, reserve=reserve)
+    exchange = Exchange(topology, session, reserve_tokens=reserve)
+    return exchange, LowLatency(topology, session, partials=partials)
 
 
 def _parts(x: Tokens) -> tuple[torch.Tensor, ...]:

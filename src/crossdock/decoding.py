@@ -9,13 +9,12 @@ M = `num_max_dispatch_tokens_per_rank`, A = M * R * min(K, L) compact rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 
 from crossdock.arguments import (
     LowLatencyOptions,
-    add_waits,
     check_tensor,
     checked_expert_rows,
     checked_selection,
@@ -23,13 +22,13 @@ from crossdock.arguments import (
 )
 from crossdock.config import low_latency_size_hint
 from crossdock.errors import ConfigError, ShapeError
-from crossdock.events import EventOverlap, event_after
+from crossdock.events import EventOverlap, Turn
 from crossdock.handle import LowLatencyHandle
-from crossdock.low_latency import LowLatency
 from crossdock.topology import num_local_experts
 from crossdock.transports.base import Masks
 from crossdock.transports.header import Operation
 from crossdock.transports.session import Session
+from crossdock.verbs import LowLatencyCalls, Stats
 
 __all__ = ["DecodingCalls"]
 
@@ -44,8 +43,9 @@ class DecodingCalls:
     group_size: int
     transport: str
     _session: Session
-    _low_latency: LowLatency
+    _low_latency: LowLatencyCalls
     _options: LowLatencyOptions
+    _stream: torch.cuda.Stream | None
 
     @staticmethod
     def get_low_latency_rdma_size_hint(
@@ -152,27 +152,23 @@ class DecodingCalls:
                 shape = (num_experts // self.group_size,)
                 name = "cumulative_local_expert_recv_stats"
                 check_tensor(name, received, dtype=torch.int32, shape=shape)
-        done = self._low_latency.dispatch(
-            x.detach().contiguous(),
-            selection,
-            form,
-            num_slots=num_max_dispatch_tokens_per_rank,
-            num_experts=num_experts,
-            compact=self._options.rows == "compact",
-            count=lambda handle, waited_us: _count(
-                handle, waited_us, received=received, waits=waits
-            ),
-        )
-        if not return_recv_hook:
-            done.receive()
+        with Turn(self._stream, None, async_finish=async_finish) as turn:
+            done = self._low_latency.dispatch(
+                x.detach().contiguous(),
+                selection,
+                form,
+                num_slots=num_max_dispatch_tokens_per_rank,
+                num_experts=num_experts,
+                compact=self._options.rows == "compact",
+                stats=Stats(waits, received),
+                hooked=return_recv_hook,
+            )
+            handle = done.handle
+            made = (done.payload, done.scales, handle[0], handle[1], handle.packed_recv_count)
+            event = turn.event(x, topk_idx, topk_weights, *made)
         tokens = done.payload if done.scales is None else (done.payload, done.scales)
-        return (
-            tokens,
-            done.handle.packed_recv_count,
-            done.handle,
-            event_after(async_finish, x),
-            done.receive if return_recv_hook else None,
-        )
+        hook = done.receive if return_recv_hook else None
+        return tokens, handle.packed_recv_count, handle, event, hook
 
     def low_latency_combine(
         self,
@@ -232,17 +228,17 @@ class DecodingCalls:
                 out = torch.empty(shape, dtype=torch.bfloat16, device=x.device)
             check_tensor("out", out, dtype=torch.bfloat16, shape=shape)
             waits = self._waits("combine_wait_recv_cost_stats", combine_wait_recv_cost_stats)
-        receive = self._low_latency.combine(
-            rows,
-            selection,
-            named,
-            use_logfmt=use_logfmt,
-            out=out,
-            count=lambda _, waited_us: add_waits(waits, waited_us),
-        )
-        if not return_recv_hook:
-            receive()
-        event = event_after(async_finish, x)
+        with Turn(self._stream, None, async_finish=async_finish) as turn:
+            receive = self._low_latency.combine(
+                rows,
+                selection,
+                named,
+                use_logfmt=use_logfmt,
+                out=out,
+                stats=Stats(waits),
+                hooked=return_recv_hook,
+            )
+            event = turn.event(x, out, topk_idx, topk_weights, named.src_info)
         return out, event, receive if return_recv_hook else None
 
     def get_next_low_latency_combine_buffer(
@@ -332,16 +328,3 @@ class DecodingCalls:
 
     def _waits(self, name: str, stats: torch.Tensor | None) -> torch.Tensor | None:
         return checked_wait_stats(name, stats, rank=self.rank, num_ranks=self.group_size)
-
-
-def _count(
-    handle: LowLatencyHandle,
-    waited_us: Sequence[int],
-    *,
-    received: torch.Tensor | None,
-    waits: torch.Tensor | None,
-) -> None:
-    """Add to the caller's statistics."""
-    if received is not None:
-        received += handle.packed_recv_count
-    add_waits(waits, waited_us)

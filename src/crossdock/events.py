@@ -12,7 +12,7 @@ from types import TracebackType
 
 import torch
 
-__all__ = ["EventHandle", "EventOverlap", "event_after"]
+__all__ = ["AnyEvent", "EventHandle", "EventOverlap", "Turn", "wait_for"]
 
 
 class EventHandle:
@@ -89,11 +89,69 @@ class EventOverlap:
         self.current_stream_wait()
 
 
-def event_after(async_finish: bool, *tensors: torch.Tensor) -> EventOverlap:
-    """The event of an operation that read `tensors`; a synchronous one leaves nothing to wait for.
+AnyEvent = EventOverlap | EventHandle | None
+"""What callers pass as `previous_event`."""
+
+
+class Turn:
+    """An operation among the caller's streams.
+
+    A synchronous one runs on the current stream, after `previous`. An asynchronous one runs on a
+    stream of its own where there is one, after `previous`, or after all that the current stream has
+    been given so far.
 
     Args:
-        async_finish: whether the caller will wait for it.
-        *tensors: kept alive until then.
+        stream: the stream of its own; None where rows are moved by the host.
+        previous: what to wait for first.
+        async_finish: whether the caller will wait for the operation.
     """
-    return EventOverlap(EventHandle(), tensors) if async_finish else EventOverlap()
+
+    def __init__(
+        self, stream: torch.cuda.Stream | None, previous: AnyEvent, *, async_finish: bool
+    ) -> None:
+        self._previous = previous
+        self._async = async_finish
+        self._stream = stream if async_finish else None
+
+    def __enter__(self) -> Turn:
+        if self._stream is None:
+            wait_for(self._previous)
+            return self
+        self._caller = torch.cuda.current_stream()
+        if self._previous is None:
+            self._stream.wait_stream(self._caller)
+        self._context = torch.cuda.stream(self._stream)
+        self._context.__enter__()
+        wait_for(self._previous)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._stream is not None:
+            self._context.__exit__(kind, error, trace)
+
+    def event(self, *tensors: torch.Tensor | None) -> EventOverlap:
+        """The event of the operation; a synchronous one leaves nothing to wait for.
+
+        Args:
+            *tensors: what it reads and writes: stays allocated until both streams are done with it.
+        """
+        if not self._async:
+            return EventOverlap()
+        kept = [tensor for tensor in tensors if tensor is not None]
+        if self._stream is not None:
+            for tensor in kept:
+                tensor.record_stream(self._stream)
+                tensor.record_stream(self._caller)
+        return EventOverlap(EventHandle(), kept)
+
+
+def wait_for(previous: AnyEvent) -> None:
+    """Make the current stream wait for an event of any kind; None and finished ones are fine."""
+    event = previous if isinstance(previous, EventHandle) else getattr(previous, "event", None)
+    if event is not None:
+        event.current_stream_wait()

@@ -15,8 +15,6 @@ from __future__ import annotations
 import zlib
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Generic
 
 import torch
 
@@ -30,52 +28,9 @@ from crossdock.topology import Topology, num_local_experts
 from crossdock.transports.base import Routed, Shipment
 from crossdock.transports.header import Header, Operation
 from crossdock.transports.session import Attempt, Session
+from crossdock.verbs import Combined, Dispatched, DispatchedAgain
 
-__all__ = ["Combined", "Dispatched", "DispatchedAgain", "Exchange"]
-
-
-@dataclass(frozen=True)
-class Dispatched(Generic[AnyTokens]):
-    """What a dispatch brings.
-
-    Attributes:
-        tokens: received rows [N, H], with their scales if they came with some.
-        topk_idx: [N, K] int64 local expert ids, -1 where the slot is another rank's; or None.
-        topk_weights: [N, K] float32, 0 where the slot is another rank's; or None.
-        num_tokens_per_expert: rows per local expert; empty when rows were padded.
-        handle: for combine and for cached dispatches.
-        waited_us: how long this rank waited for each.
-    """
-
-    tokens: AnyTokens
-    topk_idx: torch.Tensor | None
-    topk_weights: torch.Tensor | None
-    num_tokens_per_expert: list[int]
-    handle: Handle
-    waited_us: Sequence[int]
-
-
-@dataclass(frozen=True)
-class DispatchedAgain(Generic[AnyTokens]):
-    """What a cached dispatch brings: received rows, and how long this rank waited for each."""
-
-    tokens: AnyTokens
-    waited_us: Sequence[int]
-
-
-@dataclass(frozen=True)
-class Combined:
-    """What a combine brings.
-
-    Attributes:
-        rows: [T, H].
-        topk_weights: [T, K] float32, if there were some.
-        waited_us: how long this rank waited for each.
-    """
-
-    rows: torch.Tensor
-    topk_weights: torch.Tensor | None
-    waited_us: Sequence[int]
+__all__ = ["Exchange"]
 
 
 class Exchange:
@@ -99,7 +54,13 @@ class Exchange:
         self._reserve_tokens = reserve_tokens
 
     def dispatch(
-        self, x: AnyTokens, routing: RoutingShare, *, alignment: int, num_worst_tokens: int
+        self,
+        x: AnyTokens,
+        routing: RoutingShare,
+        *,
+        alignment: int,
+        num_worst_tokens: int,
+        num_sms: int = 0,
     ) -> Dispatched[AnyTokens]:
         """Send every token to the ranks that want it.
 
@@ -108,6 +69,7 @@ class Exchange:
             routing: where they go.
             alignment: multiple to which the counts per expert are rounded up.
             num_worst_tokens: rows of the result, whatever arrives; 0 for exactly what arrives.
+            num_sms: concerns devices.
 
         Collective: all ranks, in the same order as all other calls of the buffer.
         Sync: returns when all rows have arrived.
@@ -115,6 +77,7 @@ class Exchange:
 
         Raises: what `Transport.route` and `Transport.move` raise.
         """
+        routing = routing.owned()
         num_experts = routing.num_tokens_per_expert.shape[0]
         experts_here = num_local_experts(num_experts, self._num_ranks)
         with self._session.call(Operation.DISPATCH) as attempt:
@@ -146,12 +109,15 @@ class Exchange:
                 landed.waited_after(routed),
             )
 
-    def dispatch_again(self, x: AnyTokens, handle: Handle) -> DispatchedAgain[AnyTokens]:
+    def dispatch_again(
+        self, x: AnyTokens, handle: Handle, *, num_sms: int = 0
+    ) -> DispatchedAgain[AnyTokens]:
         """Send other rows the way an earlier dispatch went; routing is not exchanged again.
 
         Args:
             x: [T, H] rows, or rows and scales; T as in the earlier dispatch.
             handle: of that dispatch.
+            num_sms: concerns devices.
 
         Collective, Sync, Lifetime: as `dispatch`.
 
@@ -178,6 +144,7 @@ class Exchange:
         *,
         topk_weights: torch.Tensor | None = None,
         bias: Sequence[torch.Tensor] = (),
+        num_sms: int = 0,
     ) -> Combined:
         """Bring one row per (token, rank) back and sum them: float32, in rank order, rounded once.
 
@@ -186,6 +153,7 @@ class Exchange:
             handle: of that dispatch.
             topk_weights: [N, K] float32 to be summed alike; or None.
             bias: [T, H] tensors to add before rounding.
+            num_sms: concerns devices.
 
         Collective, Sync, Lifetime: as `dispatch`.
 
@@ -226,6 +194,9 @@ class Exchange:
             nothing = [[0] * self._num_ranks for _ in range(self._num_ranks)]
             attempt.move(Shipment([], [slice(0)] * self._num_ranks, nothing), keep=False)
         self._session.settle_in()
+
+    def check(self) -> None:
+        """See `ExchangeCalls.check`: here calls raise themselves."""
 
     def _handle(
         self, layout: layouts.RankMajor, is_token_in_rank: torch.Tensor, *, num_rows: int

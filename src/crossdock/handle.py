@@ -72,7 +72,7 @@ class LowLatencyHandle(NamedTuple):
 
     Attributes:
         src_info: [L, R * M] int32, the token that each row is, among its source's tokens; -1 where
-            no row is. With compact rows [A], row by row.
+            no row is (on a GPU undefined there). With compact rows [A], row by row.
         layout_range: [L, R] int64, `(begin << 32) | count`: the rows of an expert that came from a
             rank, `begin` counted from the expert's first row.
         num_max_dispatch_tokens_per_rank: M.
@@ -106,7 +106,9 @@ class LowLatencyHandle(NamedTuple):
             raise HandleError("this is the handle of a high-throughput dispatch, or of none")
         src_info, layout_range = tensors
         num_slots, hidden, num_experts = sizes
-        count = (layout_range & 0xFFFFFFFF).sum(1, dtype=torch.int32)
+        count = handle[5] if len(handle) == 6 else None
+        if not isinstance(count, torch.Tensor):
+            count = (layout_range & 0xFFFFFFFF).sum(1, dtype=torch.int32)
         named = cls(src_info, layout_range, num_slots, hidden, num_experts, count)
         named.check(num_ranks)
         return named

@@ -14,7 +14,7 @@ S tokens of all ranks, A compact rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -33,29 +33,9 @@ from crossdock.topology import Topology, num_local_experts
 from crossdock.transports.base import Landed, Routed, Shipment
 from crossdock.transports.header import Header, Operation
 from crossdock.transports.session import Attempt, Receive, Session
+from crossdock.verbs import Slabs, Stats
 
-__all__ = ["Count", "LowLatency", "Slabs"]
-
-Count = Callable[[LowLatencyHandle, Sequence[int]], None]
-"""Is told, when rows have come, how many microseconds each rank was waited for."""
-
-
-@dataclass(frozen=True)
-class Slabs:
-    """What a low-latency dispatch brings. The tensors are complete once `receive` has run.
-
-    Attributes:
-        payload: [L, R * M, H], or compact [A, H].
-        scales: [L, R * M, number of scales] or [A, number of scales], column-major; one
-            dimension less where a row has one scale; None without scales.
-        handle: for combine; its `packed_recv_count` [L] int32 says how many rows there are.
-        receive: the receiving half.
-    """
-
-    payload: torch.Tensor
-    scales: torch.Tensor | None
-    handle: LowLatencyHandle
-    receive: Receive
+__all__ = ["LowLatency"]
 
 
 @dataclass
@@ -113,7 +93,8 @@ class LowLatency:
         num_slots: int,
         num_experts: int,
         compact: bool,
-        count: Count,
+        stats: Stats,
+        hooked: bool,
     ) -> Slabs:
         """Send every token, encoded, to the ranks that own its experts; receive later.
 
@@ -124,7 +105,8 @@ class LowLatency:
             num_slots: M, at least T, the same on all ranks.
             num_experts: E.
             compact: lay the experts' rows back to back instead of in slabs.
-            count: is told, in the receiving half, how long each rank was waited for.
+            stats: to be added to.
+            hooked: receive later; otherwise `receive` has run.
 
         Collective: all ranks, in the same order as all other calls of the buffer.
         Sync: waits until all ranks have come to this call, not for their rows.
@@ -134,7 +116,7 @@ class LowLatency:
             HandleError: two dispatches are in flight already.
             Others: what `Transport.route` and `Transport.send` raise.
         """
-        row = form.row(x.shape[1])
+        row, selection = form.row(x.shape[1]), selection.owned()
         with self._session.flight(Operation.LOW_LATENCY_DISPATCH) as attempt:
             planes = encode(x, form)
             header = self._header(attempt, row, selection)._replace(
@@ -158,9 +140,12 @@ class LowLatency:
             rows = self._fill(handle, table.without(landed.masked))
             self._place(landed, rows, payload, scales=scales, slab_rows=handle.slab_rows)
             memory.received = True
-            count(handle, landed.waited_after(routed))
+            stats.add(landed.waited_after(routed), handle.packed_recv_count)
 
-        return Slabs(payload, scales, handle, self._session.receive(attempt.call, receive))
+        done = self._session.receive(attempt.call, receive)
+        if not hooked:
+            done()
+        return Slabs(payload, scales, handle, done)
 
     def combine(
         self,
@@ -170,7 +155,8 @@ class LowLatency:
         *,
         use_logfmt: bool,
         out: torch.Tensor,
-        count: Count,
+        stats: Stats,
+        hooked: bool,
     ) -> Receive:
         """Weight and sum the experts' rows of every token; receive later.
 
@@ -180,7 +166,8 @@ class LowLatency:
             handle: of the dispatch.
             use_logfmt: send sums in ten bits a value.
             out: [T, H] of x's dtype, to be written by the receiving half.
-            count: as for `dispatch`.
+            stats: as for `dispatch`.
+            hooked: as for `dispatch`.
 
         Collective, Sync, Lifetime: as `dispatch`. `x` may be written again on return.
 
@@ -189,6 +176,7 @@ class LowLatency:
             ConfigError: the weights are not those that dispatch was given.
             Others: what `Transport.route` and `Transport.send` raise.
         """
+        selection = selection.owned()
         with self._session.checking(Operation.LOW_LATENCY_COMBINE):
             memory = self._recall(handle, selection)
         known = None if memory is None else memory.table
@@ -220,9 +208,12 @@ class LowLatency:
         def receive() -> None:
             landed = landing.land(keep=True)
             _sum_up(landed, in_rank, out, hidden=hidden if use_logfmt else 0)
-            count(handle, landed.waited_after(routed))
+            stats.add(landed.waited_after(routed))
 
-        return self._session.receive(attempt.call, receive)
+        done = self._session.receive(attempt.call, receive)
+        if not hooked:
+            done()
+        return done
 
     def combine_buffer(self, handle: LowLatencyHandle, *, make: bool) -> torch.Tensor:
         """Where the experts' outputs may be written for a combine without a copy.

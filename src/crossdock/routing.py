@@ -89,7 +89,7 @@ class RoutingShare:
     Attributes:
         is_token_in_rank: [T, R] bool.
         num_tokens_per_expert: [E] int32.
-        topk_idx: [T, K] int32, or None when the call names no experts.
+        topk_idx: [T, K] int32 or int64, or None when the call names no experts.
         topk_weights: [T, K] float32, or None.
     """
 
@@ -98,8 +98,12 @@ class RoutingShare:
     topk_idx: torch.Tensor | None = None
     topk_weights: torch.Tensor | None = None
 
+    def owned(self) -> RoutingShare:
+        """The same with ids as int32."""
+        return replace(self, topk_idx=None if self.topk_idx is None else self.topk_idx.int())
+
     def to_bytes(self) -> torch.Tensor:
-        """The share as one uint8 tensor: ids, weights, counts, presence."""
+        """The share, with ids as int32, as one uint8 tensor: ids, weights, counts, presence."""
         parts = (self.topk_idx, self.topk_weights, self.num_tokens_per_expert)
         words = [
             part.contiguous().flatten().view(torch.uint8) for part in parts if part is not None
@@ -190,15 +194,20 @@ class Selection:
     """The share of a low-latency call: the choices of one rank's tokens, and nothing else.
 
     Attributes:
-        topk_idx: [T, K] int32, -1 for none.
+        topk_idx: [T, K] int32 or int64, -1 for none.
         topk_weights: [T, K] float32, or None.
     """
 
     topk_idx: torch.Tensor
     topk_weights: torch.Tensor | None = None
 
+    def owned(self) -> Selection:
+        """The same as int32, in memory of its own."""
+        weights = None if self.topk_weights is None else self.topk_weights.clone()
+        return Selection(self.topk_idx.to(torch.int32, copy=True), weights)
+
     def to_bytes(self) -> torch.Tensor:
-        """The share as one uint8 tensor: ids, weights."""
+        """The share of an owned selection as one uint8 tensor: ids, weights."""
         parts = (self.topk_idx, self.topk_weights)
         words = [
             part.contiguous().flatten().view(torch.uint8) for part in parts if part is not None

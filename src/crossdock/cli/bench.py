@@ -3,7 +3,8 @@
 Both run in one world of processes and take turns; the figures of one run can be compared with each
 other and with nothing else. A result that differs from the oracle is refused, not timed. The method
 is in `benchmarks/README.md`, what the ranks do in `bench_world.py`; here are the command and the
-statistics. How they are shown is the matter of `bench_tables.py`.
+statistics. How they are shown is the matter of `bench_tables.py`. On GPUs all of it is done
+otherwise: see `bench_device.py`.
 """
 
 from __future__ import annotations
@@ -13,16 +14,25 @@ import json
 import os
 import platform
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
 from rich.console import Console
 
 from crossdock import ConfigError, CrossdockError, __version__, worlds
+from crossdock.cli.bench_device import bench_device, device_setup
+from crossdock.cli.bench_device_cases import (
+    HIGH_THROUGHPUT,
+    LOW_LATENCY,
+    MODES,
+    left_out,
+    plan,
+    quartiles,
+)
 from crossdock.cli.bench_low_latency import FORMATS, LowLatency
 from crossdock.cli.bench_tables import Figures, Result, tables_of
 from crossdock.cli.bench_throughput import Throughput
@@ -31,7 +41,7 @@ from crossdock.cli.bench_world import Case, RankReport, run_contenders
 __all__ = ["WrongResultError", "as_json", "bench", "measure", "summarise"]
 
 _WORLD_TIMEOUT_S = 1800.0
-_MODES = ("both", "high-throughput", "low-latency")
+_MODES = ("both", *MODES)
 
 
 class WrongResultError(CrossdockError):
@@ -41,49 +51,82 @@ class WrongResultError(CrossdockError):
 def bench(
     *,
     mode: Annotated[str, typer.Option(help=f"Which calls: {', '.join(_MODES)}.")] = "both",
-    ranks: Annotated[int, typer.Option(help="Processes of the world.")] = 4,
+    device: Annotated[
+        str, typer.Option(help="cpu; cuda; rehearsal: what cuda does, on the CPU, to try it out.")
+    ] = "cpu",
+    ranks: Annotated[
+        int | None, typer.Option(help="Processes of the world (default: 4, or the GPUs).")
+    ] = None,
     tokens: Annotated[
         list[int] | None,
-        typer.Option(help="Tokens a rank; repeatable. [default: 64, 1024; low latency: 128]"),
+        typer.Option(
+            help="Tokens a rank; repeatable (default: 64, 1024, and 128 for low latency; on GPUs "
+            "4096, and 1, 16, 64, 128, 512)."
+        ),
     ] = None,
     hidden: Annotated[
-        int | None, typer.Option(help="Width of a token. [default: 4096; low latency: 7168]")
+        int | None,
+        typer.Option(help="Width of a token (default: 4096; low latency and GPUs: 7168)."),
     ] = None,
     dtype: Annotated[str, typer.Option(help="High throughput: bf16, fp16 or fp32.")] = "bf16",
     form: Annotated[
         list[str] | None,
-        typer.Option("--format", help="Low latency: fp8, bf16 or int8; repeatable. [default: all]"),
+        typer.Option(
+            "--format", help="Low latency: fp8, bf16 or, on CPUs, int8; repeatable (default: all)."
+        ),
     ] = None,
     top_k: Annotated[int, typer.Option(help="Experts a token chooses.")] = 8,
     experts: Annotated[
-        int | None, typer.Option(help="Experts of the world. [default: 64; low latency: 256]")
+        int | None,
+        typer.Option(help="Experts of the world (default: 64; low latency and GPUs: 256)."),
     ] = None,
     iters: Annotated[int, typer.Option(help="Timed rounds of each implementation.")] = 30,
     transport: Annotated[str | None, typer.Option(help="Default: the best that fits.")] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Also write figures.")] = None,
+    sms: Annotated[
+        list[int] | None,
+        typer.Option(help="GPUs: SMs that calls may use; repeatable (default: 24, 128)."),
+    ] = None,
+    peers: Annotated[
+        bool, typer.Option(help="GPUs: also NCCL, and FlashInfer if it is there.")
+    ] = True,
+    kernels: Annotated[bool, typer.Option(help="GPUs: also say which kernels ran.")] = False,
+    budget_s: Annotated[
+        float, typer.Option("--budget-s", help="GPUs: seconds after which nothing is begun.")
+    ] = 240.0,
+    picture: Annotated[
+        Path | None, typer.Option(help="GPUs: also draw latency against tokens, as PNG.")
+    ] = None,
 ) -> None:
-    """Time dispatch and combine beside a gloo all-to-all baseline, on this machine."""
+    """Time dispatch and combine beside other ways to do the same, on this machine."""
     console = Console()
-    given = {"num_ranks": ranks, "num_topk": top_k, "num_iters": iters}
+    given: dict[str, Any] = {"num_topk": top_k, "num_iters": iters, "transport": transport}
     sizes = {"hidden": hidden, "num_experts": experts}
     given |= {name: size for name, size in sizes.items() if size is not None}
     try:
-        if mode not in _MODES:
-            raise ConfigError(f"mode is {mode!r}, must be one of {', '.join(_MODES)}")
-        throughput: list[Case] = [
-            Throughput(num_tokens=num_tokens, dtype=dtype, transport=transport, **given)
-            for num_tokens in (tokens or (64, 1024) if mode != "low-latency" else ())
-        ]
-        low_latency: list[Case] = [
-            LowLatency(num_tokens=num_tokens, form=each, transport=transport, **given)
-            for num_tokens in (tokens or (128,) if mode != "high-throughput" else ())
-            for each in form or FORMATS
-        ]
-        tables = [measure(cases, console) for cases in (throughput, low_latency) if cases]
+        modes = _modes_of(mode)
+        if device == "cpu":
+            given["num_ranks"] = 4 if ranks is None else ranks
+            cases = _cases(modes, tokens, forms=form or FORMATS, dtype=dtype, **given)
+            tables = [measure(each, console) for each in cases if each]
+            _show(tables, console, json_path)
+            if torch.cuda.device_count() > 1:
+                console.print("There are GPUs here: --device cuda measures on them.")
+            return
+        given |= {"budget_s": budget_s, "with_peers": peers, "with_kernels": kernels}
+        setup = device_setup(device, ranks, **given)
+        chapters = plan(setup, modes=modes, tokens=tokens, forms=form, sms=sms)
+        for num_tokens in left_out(modes, tokens):
+            console.print(f"low latency: {num_tokens} tokens are too many, left out")
+        report = bench_device(
+            chapters, console, machine_facts(), json_path=json_path, picture=picture
+        )
+        wrong = [figure.why for figure in report.figures if figure.is_wrong]
+        if wrong:
+            raise WrongResultError("; ".join(sorted(set(wrong))))
     except (CrossdockError, worlds.WorldError) as error:
         console.print(f"refused: {error}", highlight=False, markup=False, style="red")
         raise typer.Exit(1) from error
-    _show(tables, console, json_path)
 
 
 def measure(cases: Sequence[Case], console: Console) -> list[Result]:
@@ -147,6 +190,33 @@ def as_json(results: Sequence[Result], facts: dict[str, str]) -> str:
     return json.dumps({"machine": facts, "results": told}, indent=2) + "\n"
 
 
+def _modes_of(mode: str) -> Sequence[str]:
+    if mode not in _MODES:
+        raise ConfigError(f"mode is {mode!r}, must be one of {', '.join(_MODES)}")
+    return MODES if mode == "both" else (mode,)
+
+
+def _cases(
+    modes: Sequence[str],
+    tokens: Sequence[int] | None,
+    *,
+    forms: Iterable[str],
+    dtype: str,
+    **given: Any,
+) -> tuple[list[Case], list[Case]]:
+    """The cases of the two tables, of high throughput and of low latency."""
+    throughput: list[Case] = [
+        Throughput(num_tokens=num_tokens, dtype=dtype, **given)
+        for num_tokens in (tokens or (64, 1024) if HIGH_THROUGHPUT in modes else ())
+    ]
+    low_latency: list[Case] = [
+        LowLatency(num_tokens=num_tokens, form=each, **given)
+        for num_tokens in (tokens or (128,) if LOW_LATENCY in modes else ())
+        for each in forms
+    ]
+    return throughput, low_latency
+
+
 def _show(tables: Sequence[Sequence[Result]], console: Console, json_path: Path | None) -> None:
     facts = machine_facts()
     for results in tables:
@@ -171,7 +241,7 @@ def _figures(case: Case, reports: Sequence[RankReport], name: str) -> Figures:
         dispatch_ms=statistics.median(_slowest(rounds, there)),
         combine_ms=statistics.median(_slowest(rounds, back)),
         total_ms=total_ms,
-        total_quartiles_ms=_quartiles(totals),
+        total_quartiles_ms=quartiles(totals),
         parts_ms=tuple(
             statistics.median(_slowest(rounds, slice(part, part + 1))) for part in range(num_parts)
         ),
@@ -183,13 +253,6 @@ def _figures(case: Case, reports: Sequence[RankReport], name: str) -> Figures:
 def _slowest(rounds: Sequence[Sequence[tuple[float, ...]]], parts: slice) -> list[float]:
     """Of each round the slowest rank's time for these parts of it, in ms."""
     return [1e3 * max(sum(times[parts]) for times in each) for each in rounds]
-
-
-def _quartiles(values: Sequence[float]) -> tuple[float, float]:
-    if len(values) < 2:
-        return values[0], values[0]
-    first, _, third = statistics.quantiles(values, n=4, method="inclusive")
-    return first, third
 
 
 def _cpu_model() -> str:

@@ -6,18 +6,21 @@ one by name it never falls back. Names of transports occur nowhere above this fl
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from crossdock import _env
 from crossdock.errors import TransportError, UnsupportedError
 from crossdock.topology import Topology
-from crossdock.transports.base import Transport
+from crossdock.transports.base import Carrier
 from crossdock.transports.collective import Collective
 from crossdock.transports.loopback import Loopback
 from crossdock.transports.one_sided import OneSided
+from crossdock.transports.symmetric import Symmetric
 from crossdock.transports.zones import Capacity
 
 __all__ = ["Limits", "select"]
@@ -44,7 +47,17 @@ class Limits:
     can_shrink: bool = False
 
 
-def _one_sided(topology: Topology, limits: Limits) -> Transport:
+def _device(topology: Topology, limits: Limits) -> Carrier:
+    if len(topology.scale_up_ranks) < topology.num_ranks:
+        raise TransportError("the ranks are not all on one host and in one pid namespace")
+    if not topology.uses_cuda and not _env.interprets_kernels():
+        raise TransportError("moves CUDA tensors, but the group's backend is not nccl")
+    if importlib.util.find_spec("triton") is None:
+        raise TransportError("needs Triton (pip install triton)")
+    return Symmetric(topology, max_bytes=limits.max_bytes, can_shrink=limits.can_shrink)
+
+
+def _one_sided(topology: Topology, limits: Limits) -> Carrier:
     if len(topology.scale_up_ranks) < topology.num_ranks:
         raise TransportError("the ranks are not all on one host and in one pid namespace")
     if sys.platform != "linux" or not hasattr(os, "memfd_create"):
@@ -57,7 +70,7 @@ def _one_sided(topology: Topology, limits: Limits) -> Transport:
     return OneSided(topology, start=start, max_bytes=limits.max_bytes, can_shrink=limits.can_shrink)
 
 
-def _collective(topology: Topology, limits: Limits) -> Transport:
+def _collective(topology: Topology, limits: Limits) -> Carrier:
     if limits.can_shrink:
         raise TransportError(_NO_MASKS)
     if topology.group is None:
@@ -65,20 +78,21 @@ def _collective(topology: Topology, limits: Limits) -> Transport:
     return Collective(topology, topology.group)
 
 
-def _loopback(topology: Topology, limits: Limits) -> Transport:
+def _loopback(topology: Topology, limits: Limits) -> Carrier:
     if limits.can_shrink:
         raise TransportError(_NO_MASKS)
     return Loopback(topology)
 
 
-_CANDIDATES: tuple[tuple[str, Callable[[Topology, Limits], Transport]], ...] = (
+_CANDIDATES: tuple[tuple[str, Callable[[Topology, Limits], Carrier]], ...] = (
+    ("device", _device),
     ("one_sided", _one_sided),
     ("collective", _collective),
 )
 _BY_NAME_ONLY = (("loopback", _loopback),)
 
 
-def select(topology: Topology, limits: Limits, *, name: str | None = None) -> Transport:
+def select(topology: Topology, limits: Limits, *, name: str | None = None) -> Carrier:
     """Open the best transport that covers the group, or the one asked for.
 
     Collective: all ranks, with the same arguments. Sync: waits for all ranks.
@@ -86,7 +100,7 @@ def select(topology: Topology, limits: Limits, *, name: str | None = None) -> Tr
     Args:
         topology: the group.
         limits: memory to start with and not to exceed.
-        name: "one_sided", "collective" or "loopback"; None for the best that fits.
+        name: "device", "one_sided", "collective" or "loopback"; None for the best that fits.
 
     Raises:
         UnsupportedError: none covers the group, or the named one does not; with the reasons.

@@ -18,6 +18,7 @@ import torch
 from crossdock.transports.header import Call, Header
 
 __all__ = [
+    "Carrier",
     "Deadline",
     "Heap",
     "Landed",
@@ -148,22 +149,49 @@ class Masks(Protocol):
         ...
 
 
-class Transport(Protocol):
-    """Carries an exchange between the ranks of one group.
-
-    `route` and `send` are collective: every rank calls them in the same order, also with nothing
-    to send. What all ranks learn together (`RankMismatchError`, `PeerRefusedError`,
-    `BufferTooSmallError`) leaves the transport usable; after any other error it is not.
+class Carrier(Protocol):
+    """What a session needs of whatever moves rows between the ranks of one group.
 
     Attributes:
         name: as `select` knows it.
         device_types: kinds of device whose rows it moves; empty for any.
         masks: the masks, where it can do without ranks.
+        stream: where asynchronous calls run; None where that is the current stream or the host.
     """
 
     name: str
     device_types: tuple[str, ...]
     masks: Masks | None
+    stream: torch.cuda.Stream | None
+
+    def refuse(self, call: Call, header: Header, reason: str) -> None:
+        """Tell the peers, in place of `route`, that this rank will not take part, and why."""
+        ...
+
+    def fail(self, call: Call, error: BaseException) -> None:
+        """Tell the peers at once that this rank gave up in the middle of a call."""
+        ...
+
+    def memory(self) -> Mapping[str, int]:
+        """Bytes this rank holds, by purpose."""
+        ...
+
+    def local_memory(self) -> torch.Tensor | None:
+        """The memory rows land in, as uint8; None when the transport owns none."""
+        ...
+
+    def close(self) -> None:
+        """Give everything back. Local and idempotent."""
+        ...
+
+
+class Transport(Carrier, Protocol):
+    """Carries an exchange between the ranks of one group, on the host's orders.
+
+    `route` and `send` are collective: every rank calls them in the same order, also with nothing
+    to send. What all ranks learn together (`RankMismatchError`, `PeerRefusedError`,
+    `BufferTooSmallError`) leaves the transport usable; after any other error it is not.
+    """
 
     def route(self, call: Call, header: Header, share: torch.Tensor) -> Routed:
         """Tell every rank the header and the share, and learn theirs.
@@ -192,26 +220,6 @@ class Transport(Protocol):
         Raises:
             TransportError: a rank failed.
         """
-        ...
-
-    def refuse(self, call: Call, header: Header, reason: str) -> None:
-        """Tell the peers, in place of `route`, that this rank will not take part, and why."""
-        ...
-
-    def fail(self, call: Call, error: BaseException) -> None:
-        """Tell the peers at once that this rank gave up in the middle of a call."""
-        ...
-
-    def memory(self) -> Mapping[str, int]:
-        """Bytes this rank holds, by purpose."""
-        ...
-
-    def local_memory(self) -> torch.Tensor | None:
-        """The memory rows land in, as uint8; None when the transport owns none."""
-        ...
-
-    def close(self) -> None:
-        """Give everything back. Local and idempotent."""
         ...
 
 

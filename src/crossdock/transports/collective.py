@@ -80,6 +80,7 @@ class Collective:
     name = "collective"
     device_types: tuple[str, ...] = ()
     masks: Masks | None = None
+    stream: torch.cuda.Stream | None = None
 
     def __init__(self, topology: Topology, group: dist.ProcessGroup) -> None:
         self._rank, self._num_ranks = topology.rank, topology.num_ranks

@@ -152,6 +152,7 @@ class Loopback:
     name = "loopback"
     device_types: tuple[str, ...] = ()
     masks: Masks | None = None
+    stream: torch.cuda.Stream | None = None
 
     def __init__(self, topology: Topology) -> None:
         self._rank, self._num_ranks = topology.rank, topology.num_ranks

@@ -110,6 +110,7 @@ class OneSided:
 
     name = "one_sided"
     device_types: tuple[str, ...] = ("cpu",)
+    stream: torch.cuda.Stream | None = None
 
     def __init__(
         self,

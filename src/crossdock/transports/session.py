@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 import torch
 
@@ -23,7 +24,7 @@ from crossdock.errors import (
     UnsupportedError,
 )
 from crossdock.formats import RowFormat
-from crossdock.transports.base import Landed, Landing, Routed, Shipment, Transport
+from crossdock.transports.base import Carrier, Landed, Landing, Routed, Shipment, Transport
 from crossdock.transports.header import Call, Header, Operation
 
 __all__ = ["MAX_IN_FLIGHT", "Attempt", "Receive", "Session", "Timeouts"]
@@ -51,11 +52,12 @@ class Timeouts:
 class Attempt:
     """One call on its way through the transport."""
 
-    def __init__(self, call: Call, transport: Transport) -> None:
+    def __init__(self, call: Call, transport: Carrier) -> None:
         self.call = call
         self.entered = False
         self.open = False
-        self._transport = transport
+        # Only the host's verbs route and send, and they are given transports that can.
+        self._transport = cast("Transport", transport)
 
     def header(self, form: RowFormat, **rest: int) -> Header:
         """A header for this call, with rows of this format."""
@@ -152,7 +154,7 @@ class Session:
         timeouts: how long waits may last.
     """
 
-    def __init__(self, transport: Transport, timeouts: Timeouts) -> None:
+    def __init__(self, transport: Carrier, timeouts: Timeouts) -> None:
         self.transport = transport
         self.closed = False
         self._timeouts = timeouts

@@ -1,0 +1,157 @@
+"""What all device calls share: the session, the heap, streams, deadlines, and what went wrong."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from crossdock.device.constants import next_power_of_two
+from crossdock.device.memory import (
+    NUM_STATES,
+    DeviceCapacity,
+    Generation,
+    Memory,
+    Plan,
+)
+from crossdock.device.streams import Fork
+from crossdock.device.watch import Report, host_memory
+from crossdock.ops.triton.sync import Group, Link
+from crossdock.transports.header import Call
+from crossdock.transports.session import Session
+from crossdock.transports.symmetric import Symmetric
+
+__all__ = ["Engine"]
+
+_POLLS_PER_S = 2000
+"""How often a wait looks in the interpreter, roughly."""
+
+_TICKS_PER_S = 1_000_000
+"""Deadlines are told in microseconds, so that they fit into 32 bits."""
+
+_LONGEST = (1 << 31) - 1
+
+
+class Engine:
+    """Launches kernels for the calls of one buffer.
+
+    Args:
+        transport: gives the memory.
+        session: numbers the calls.
+    """
+
+    def __init__(self, transport: Symmetric, session: Session) -> None:
+        self.session = session
+        self.rank, self.num_ranks = transport.topology.rank, transport.topology.num_ranks
+        self.device = transport.device
+        self._interpreted = transport.is_interpreted
+        self._report = Report(self.num_ranks, self.device)
+        self._memory = Memory(transport)
+        self._transport = transport
+        self.device_types = transport.device_types
+        self._words = torch.zeros((2, 0), dtype=torch.int64, device="cpu")
+        self._last: torch.cuda.Stream | None = None
+        transport.at_close(self._memory)
+        self._beside = None if self._interpreted else torch.cuda.Stream(self.device)
+        self._waited_s = 0.0
+        self._captures = False
+        padded = next_power_of_two(self.num_ranks)
+        self.group = Group(self.num_ranks, padded, NUM_STATES, is_compiled=not self._interpreted)
+        self.num_programs = self._processors()
+        self.use_casts = self.device.type == "cuda" and torch.cuda.get_device_capability() >= (8, 9)
+
+    def _processors(self) -> int:
+        if self._interpreted:
+            return 2
+        return torch.cuda.get_device_properties(self.device).multi_processor_count
+
+    def check(self) -> None:
+        """Raise what a kernel has reported.
+
+        Raises:
+            PeerTimeoutError: some ranks did not come.
+            TransportError: a rank gave up.
+        """
+        if not self._report.is_empty() and not self._transport.can_shrink:
+            raise self._report.error(self._waited_s, self._entered())
+
+    def _entered(self) -> list[list[int]]:
+        """The last round of each operation that each rank has come to, as far as it told."""
+        memory = self._memory.current
+        if memory is None:
+            return [[0] * NUM_STATES for _ in range(self.num_ranks)]
+        size = 4 * NUM_STATES * self.num_ranks
+        begin = memory.plan.credits + size
+        entered = memory.heap.peer(self.rank)[begin : begin + size].view(torch.int32)
+        rounds: list[list[int]] = entered.view(-1, NUM_STATES).tolist()
+        return rounds
+
+    def begin(self) -> None:
+        """What every call does first."""
+        self.check()
+        self.chain()
+
+    def memory(self, wanted: DeviceCapacity) -> Generation:
+        """See `Memory.covering`."""
+        generation = self._memory.covering(wanted, self._report.address)
+        if self._captures:
+            self._memory.keep()
+        return generation
+
+    def num_bytes(self, capacity: DeviceCapacity) -> int:
+        """What a heap of this capacity takes."""
+        return Plan.of(capacity, self.num_ranks).nbytes
+
+    def meet(self) -> None:
+        """Wait until all ranks are here.
+
+        Collective: all ranks. Sync: waits for them.
+        """
+        self._transport.topology.allgather(None)
+
+    def host_words(self, number: int, *, is_read: bool) -> torch.Tensor:
+        """Words that a kernel writes for the host, the first of them last; 0 until then.
+
+        What nobody will read has words of its own, so that it cannot be taken for what is read.
+        """
+        if self._words.shape[1] < number:
+            self._words = host_memory(2 * number, self.device).view(2, number)
+        words = self._words[int(is_read)]
+        words[0] = 0
+        return words[:number]
+
+    def wait_for_host(self, words: torch.Tensor) -> list[int]:
+        """What a kernel has written, once it has.
+
+        Sync: waits for the kernel, with the GIL released.
+
+        Raises:
+            PeerTimeoutError: the kernel waited in vain.
+        """
+        seen = words.numpy()
+        while not seen[0]:
+            os.sched_yield()
+        self.check()
+        return [int(word) for word in seen]
+
+    def fork(self) -> Fork:
+        """A second line of work beside the current stream, from here on."""
+        return Fork(self._beside)
+
+    def link(self, generation: Generation, call: Call, kind: int) -> Link:
+        """What a kernel of a call needs to reach the other ranks."""
+        self._waited_s = call.timeout_s
+        per_s = _POLLS_PER_S if self._interpreted else _TICKS_PER_S
+        deadline = min(int(call.timeout_s * per_s), _LONGEST)
+        told = generation.plan.credits
+        return Link(*generation.addresses, told, self.rank, kind, deadline)
+
+    def chain(self) -> None:
+        """Let the current stream wait for what this buffer does on another one."""
+        self._captures = not self._interpreted and torch.cuda.is_current_stream_capturing()
+        if self._interpreted or self._captures:
+            return
+        stream = torch.cuda.current_stream()
+        if self._last is not None and self._last != stream:
+            stream.wait_stream(self._last)
+        self._last = stream

@@ -1,0 +1,247 @@
+"""How the heap of a device buffer is divided, and what kernels are told of it.
+
+Everything is arithmetic on sizes that are equal on all ranks, so that offsets are, too, and the
+ranks enlarge the heap together without a message. A heap holds words to watch, credits, two zones
+for low-latency calls, of which one may be in flight while the other is used, and one for
+high-throughput calls.
+
+R ranks, M slots for the tokens of a rank, K top-k, L local experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+
+from crossdock.config import align
+from crossdock.errors import BufferTooSmallError
+from crossdock.ops.triton.expert_records import Zone
+from crossdock.ops.triton.expert_sums import ReturnZone
+from crossdock.ops.triton.rank_rows import RowZone
+from crossdock.ops.triton.rank_sums import BackZone
+from crossdock.transports.symmetric import AddressedHeap, Symmetric
+
+__all__ = ["CHUNK", "NUM_STATES", "DeviceCapacity", "Generation", "Memory", "Plan", "is_capturing"]
+
+NUM_STATES = 8
+"""Rounds that are counted: dispatch and combine of two low-latency zones, and four more."""
+
+CHUNK = 8
+"""Tokens of a high-throughput call that a flag covers."""
+
+_LINE = 128
+_WATCH_WORDS = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceCapacity:
+    """What a heap has room for.
+
+    Attributes:
+        slots, row_bytes, back_bytes: of low-latency calls M, bytes of a landing row, and of one on
+            its way back.
+        num_tokens, token_bytes, sum_bytes: the same of high-throughput calls.
+        topk: K.
+        experts: L.
+    """
+
+    slots: int = 0
+    row_bytes: int = 0
+    back_bytes: int = 0
+    num_tokens: int = 0
+    token_bytes: int = 0
+    sum_bytes: int = 0
+    topk: int = 0
+    experts: int = 0
+
+    @property
+    def num_chunks(self) -> int:
+        """Chunks of the tokens of a rank in a high-throughput call."""
+        return -(-self.num_tokens // CHUNK)
+
+    def covering(self, other: DeviceCapacity) -> DeviceCapacity:
+        """Room for both; this one itself where it is enough."""
+        if self.covers(other):
+            return self
+        names = [field.name for field in fields(self)]
+        larger = {name: max(getattr(self, name), getattr(other, name)) for name in names}
+        return replace(self, **larger)
+
+    def covers(self, other: DeviceCapacity) -> bool:
+        """Whether what is enough for the other one is there."""
+        return (
+            self.slots >= other.slots
+            and self.row_bytes >= other.row_bytes
+            and self.back_bytes >= other.back_bytes
+            and self.num_tokens >= other.num_tokens
+            and self.token_bytes >= other.token_bytes
+            and self.sum_bytes >= other.sum_bytes
+            and self.topk >= other.topk
+            and self.experts >= other.experts
+        )
+
+
+class _Offsets:
+    """Hands out room, one piece after another."""
+
+    def __init__(self) -> None:
+        self.end = 0
+
+    def take(self, nbytes: int) -> int:
+        begin = self.end
+        self.end = align(begin + nbytes, _LINE)
+        return begin
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where everything lies in a heap.
+
+    Attributes:
+        watch, credits: see `ops.triton.sync.Link`.
+        zones, returns: of the two sets of low-latency calls.
+        rows, back: of high-throughput calls.
+        nbytes: of the whole heap.
+    """
+
+    watch: int
+    credits: int
+    zones: tuple[Zone, ...]
+    returns: tuple[ReturnZone, ...]
+    rows: RowZone
+    back: BackZone
+    nbytes: int
+
+    @classmethod
+    def of(cls, capacity: DeviceCapacity, num_ranks: int) -> Plan:
+        """Divide a heap."""
+        at = _Offsets()
+        watch = at.take(8 * (_WATCH_WORDS + num_ranks))
+        credit = at.take(2 * 4 * num_ranks * NUM_STATES)
+        rows = num_ranks * capacity.slots
+        zones, returns = [], []
+        for _ in range(2):
+            told, counts = at.take(16 * num_ranks), at.take(8 * num_ranks * capacity.experts)
+            flags, landing = at.take(4 * rows), at.take(rows * capacity.row_bytes)
+            zones.append(Zone(landing=landing, flags=flags, counts=counts, told=told))
+            flags, weights = at.take(4 * rows), at.take(8 * rows * capacity.topk)
+            landing = at.take(rows * capacity.back_bytes)
+            returns.append(ReturnZone(landing=landing, flags=flags, weights=weights))
+        rows_zone, back_zone = cls._of_rows(capacity, num_ranks, at)
+        return cls(watch, credit, tuple(zones), tuple(returns), rows_zone, back_zone, at.end)
+
+    @classmethod
+    def _of_rows(
+        cls, capacity: DeviceCapacity, num_ranks: int, at: _Offsets
+    ) -> tuple[RowZone, BackZone]:
+        rows = num_ranks * capacity.num_tokens
+        told = at.take(8 * num_ranks * (num_ranks + 2))
+        counts = at.take(8 * num_ranks * capacity.experts)
+        flags, heads = at.take(4 * num_ranks * capacity.num_chunks), at.take(4 * rows)
+        landing = at.take(rows * capacity.token_bytes)
+        kept, back_flags = at.take(8 * num_ranks), at.take(4 * num_ranks * capacity.num_chunks)
+        back = BackZone(landing=at.take(rows * capacity.sum_bytes), flags=back_flags, kept=kept)
+        return RowZone(landing, heads, flags, told, counts), back
+
+
+class Generation:
+    """One heap of all ranks, from one growth to the next, and the words that go with it.
+
+    Attributes:
+        capacity, plan: how it is divided.
+        peers: [R] int64, the address of every rank's heap.
+        states: [NUM_STATES] int64, rounds and tickets.
+        watch: int64 words at the beginning of this rank's heap.
+        addresses: of peers and states.
+    """
+
+    def __init__(
+        self, heap: AddressedHeap, capacity: DeviceCapacity, *, rank: int, device: torch.device
+    ) -> None:
+        self.capacity = capacity
+        self.heap = heap
+        self.plan = Plan.of(capacity, len(heap.addresses))
+        self.peers = torch.tensor(heap.addresses, dtype=torch.int64, device=device)
+        self.states = torch.zeros(NUM_STATES, dtype=torch.int64, device=device)
+        self.addresses = (self.peers.data_ptr(), self.states.data_ptr())
+        begin, end = self.plan.watch, self.plan.credits
+        self.watch = heap.peer(rank)[begin:end].view(torch.int64)
+
+
+class Memory:
+    """The heap of a buffer, enlarged when calls need it.
+
+    Args:
+        transport: what reserves it.
+    """
+
+    def __init__(self, transport: Symmetric) -> None:
+        self._transport = transport
+        self._rank = transport.topology.rank
+        self._num_ranks = transport.topology.num_ranks
+        self._kept: list[Generation] = []
+        self.current: Generation | None = None
+
+    def covering(self, wanted: DeviceCapacity, report: int) -> Generation:
+        """A heap with room for a call; the same on all ranks, since the call is.
+
+        Collective: when the heap is too small, all ranks. Sync: then waits for them all.
+
+        Args:
+            wanted: what the call needs.
+            report: address that kernels report to.
+
+        Raises:
+            BufferTooSmallError: it would exceed the limit, or a graph is being captured.
+        """
+        current = self.current
+        if current is not None and current.capacity.covers(wanted):
+            return current
+        have = DeviceCapacity() if current is None else current.capacity
+        needed = have.covering(wanted)
+        nbytes = Plan.of(needed, self._num_ranks).nbytes
+        limit = self._transport.max_bytes
+        if is_capturing():
+            raise self._too_small(nbytes, current, "max_tokens_per_rank, or a call before capture")
+        if limit and nbytes > limit:
+            raise BufferTooSmallError(nbytes, limit, argument="max_buffer_bytes", rank=self._rank)
+        return self._replace(needed, nbytes, report)
+
+    def _too_small(
+        self, nbytes: int, current: Generation | None, argument: str
+    ) -> BufferTooSmallError:
+        have = 0 if current is None else current.plan.nbytes
+        return BufferTooSmallError(nbytes, have, argument=argument, rank=self._rank)
+
+    def local(self) -> torch.Tensor | None:
+        """Where high-throughput rows land on this rank, as uint8."""
+        if self.current is None:
+            return None
+        begin, end = self.current.plan.rows.landing, self.current.plan.back.kept
+        return self.current.heap.peer(self._rank)[begin:end]
+
+    def _replace(self, capacity: DeviceCapacity, nbytes: int, report: int) -> Generation:
+        heap = self._transport.reserve(nbytes)
+        made = Generation(heap, capacity, rank=self._rank, device=self._transport.device)
+        told = [0, int(self._transport.can_shrink), report]
+        made.watch[: len(told)] = torch.tensor(told, dtype=torch.int64, device=made.watch.device)
+        self.current = made
+        return made
+
+    def clear(self) -> None:
+        """Give all heaps up, after what runs on the device is over."""
+        if self.current is not None and self._transport.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.current = None
+        self._kept.clear()
+
+    def keep(self) -> None:
+        """The current heap is part of a graph: it stays as long as the buffer."""
+        if self.current is not None and self.current not in self._kept:
+            self._kept.append(self.current)
+
+
+def is_capturing() -> bool:
+    """Whether the current stream is recording a CUDA graph."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()

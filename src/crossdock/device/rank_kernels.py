@@ -1,0 +1,195 @@
+"""The kernels of high-throughput calls, and the constants they are compiled for."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from types import MappingProxyType
+from typing import NamedTuple
+
+import torch
+import triton.language as tl
+
+from crossdock.config import align
+from crossdock.device.constants import next_power_of_two, widest_word
+from crossdock.device.launch import Kernel
+from crossdock.device.memory import CHUNK
+from crossdock.device.watch import State
+from crossdock.formats import RowFormat
+from crossdock.ops.triton import rank_routes, rank_rows, rank_sums
+from crossdock.ops.triton.sync import Group
+
+__all__ = [
+    "Shares",
+    "addresses_received",
+    "addresses_sent",
+    "back_row",
+    "combine_kernel",
+    "place_kernel",
+    "rank_row",
+    "route_kernel",
+    "send_kernel",
+    "shares",
+]
+
+_DISPATCH_WORDS, _COMBINE_WORDS = 4096, 8192
+"""Words of 8 bytes that a program moves at once."""
+_TOKENS_AT_ONCE = 1024
+_DTYPES = MappingProxyType(
+    {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+)
+
+
+@functools.cache
+def rank_row(form: RowFormat, *, num_topk: int, has_weights: bool, local: int) -> rank_rows.RankRow:
+    """The constants of the dispatch kernels."""
+    word = widest_word(form.payload_bytes)
+    num_words = max(form.payload_bytes // min(word, 8), 1)
+    padded = next_power_of_two(num_words)
+    scales_at = align(form.payload_bytes, 16)
+    choices_at = align(scales_at + form.scale_bytes, 16)
+    return rank_rows.RankRow(
+        num_bytes=form.payload_bytes,
+        word=word,
+        num_words=num_words,
+        padded_words=padded,
+        scale_words=form.scale_bytes // 4,
+        padded_scales=next_power_of_two(max(form.scale_bytes // 4, 1)),
+        scales_at=scales_at,
+        choices_at=choices_at,
+        stride=align(choices_at + 4 * num_topk * (1 + has_weights), 16),
+        num_topk=num_topk,
+        padded_topk=next_power_of_two(max(num_topk, 1)),
+        has_weights=has_weights,
+        local=local,
+        rows=max(min(_DISPATCH_WORDS // padded, CHUNK), 1),
+        chunk=CHUNK,
+    )
+
+
+@functools.cache
+def back_row(dtype: torch.dtype, hidden: int, *, num_topk: int, num_bias: int) -> rank_sums.BackRow:
+    """The constants of the combine kernel."""
+    num_bytes = hidden * dtype.itemsize
+    word = widest_word(num_bytes)
+    num_words = max(num_bytes // min(word, 8), 1)
+    padded = next_power_of_two(num_words)
+    weights_at = align(num_bytes, 16)
+    return rank_sums.BackRow(
+        element=_DTYPES[dtype],
+        hidden=hidden,
+        padded=next_power_of_two(max(hidden, 1)),
+        num_bytes=num_bytes,
+        word=word,
+        num_words=num_words,
+        padded_words=padded,
+        weights_at=weights_at,
+        stride=align(weights_at + 4 * num_topk, 16),
+        num_topk=num_topk,
+        padded_topk=next_power_of_two(max(num_topk, 1)),
+        num_bias=num_bias,
+        rows=max(min(_COMBINE_WORDS // padded, CHUNK), 1),
+        sums=max(min(2 * _COMBINE_WORDS // next_power_of_two(max(hidden, 1)), CHUNK), 1),
+        chunk=CHUNK,
+    )
+
+
+@functools.cache
+def route_kernel(local: int, group: Group) -> Kernel:
+    """The kernel that numbers rows."""
+    padded = next_power_of_two(max(local, 1))
+    return Kernel(rank_routes.route_ranks, _TOKENS_AT_ONCE, local, padded, group, num_warps=8)
+
+
+@functools.cache
+def send_kernel(row: rank_rows.RankRow, group: Group) -> Kernel:
+    """The kernel that sends rows."""
+    num_warps = _num_warps(row.rows * row.padded_words)
+    return Kernel(rank_rows.send_ranks, State.PLACE, row, group, num_warps=num_warps)
+
+
+@functools.cache
+def place_kernel(row: rank_rows.RankRow, group: Group, pads: bool) -> Kernel:
+    """The kernel that places rows."""
+    num_warps = _num_warps(row.rows * row.padded_words)
+    return Kernel(rank_rows.place_ranks, row, pads, group, num_warps=num_warps)
+
+
+@functools.cache
+def combine_kernel(row: rank_sums.BackRow, group: Group) -> Kernel:
+    """The kernel that sends rows back and adds them up."""
+    num_warps = _num_warps(row.rows * row.padded_words)
+    return Kernel(rank_sums.combine_ranks, row, group, num_warps=num_warps)
+
+
+class Shares(NamedTuple):
+    """How many programs send, and how many place or add up."""
+
+    senders: int
+    others: int
+
+
+def shares(num_sms: int, *, back: bool = False) -> Shares:
+    """A third of the programs keeps the link busy; more than 32 (64 on the way back) do no good."""
+    senders = min(max(num_sms // (2 if back else 3), 1), 64 if back else 32)
+    return Shares(senders, max(num_sms - senders, 1))
+
+
+def _num_warps(tile_words: int) -> int:
+    return max(min(tile_words // 256, 32), 4)
+
+
+def addresses_sent(
+    planes: Sequence[torch.Tensor],
+    in_rank: torch.Tensor,
+    numbered: tuple[torch.Tensor, torch.Tensor],
+    *,
+    idx: torch.Tensor | None = None,
+    weights: torch.Tensor | None = None,
+) -> rank_rows.Sent:
+    """What the kernels are told of rows to send; where something is missing, any address.
+
+    Args:
+        planes: payload, and scales if there are some.
+        in_rank: [T, R] bool.
+        numbered: `send_head` [T, R] and the number of rows for each rank [R, 1].
+        idx: [T, K] int64.
+        weights: [T, K] float32.
+    """
+    head, num_sent = numbered
+    return rank_rows.Sent(
+        planes[0].data_ptr(),
+        planes[-1].data_ptr(),
+        (head if idx is None else idx).data_ptr(),
+        (head if weights is None else weights).data_ptr(),
+        in_rank.data_ptr(),
+        head.data_ptr(),
+        num_sent.data_ptr(),
+    )
+
+
+def addresses_received(
+    rows: Sequence[torch.Tensor],
+    of_handle: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    *,
+    idx: torch.Tensor | None = None,
+    weights: torch.Tensor | None = None,
+) -> rank_rows.Received:
+    """What the kernels are told of rows to receive; where something is missing, any address.
+
+    Args:
+        rows: payload, and scales if there are some; nothing yet in `route`.
+        of_handle: `recv_src_idx`, `rank_prefix_matrix` and the chunks.
+        idx: [N, K] int64.
+        weights: [N, K] float32.
+    """
+    src_idx, prefix, chunks = of_handle
+    return rank_rows.Received(
+        (rows[0] if rows else prefix).data_ptr(),
+        (rows[-1] if rows else prefix).data_ptr(),
+        (prefix if idx is None else idx).data_ptr(),
+        (prefix if weights is None else weights).data_ptr(),
+        src_idx.data_ptr(),
+        prefix.data_ptr(),
+        chunks.data_ptr(),
+    )

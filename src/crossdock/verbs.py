@@ -1,0 +1,193 @@
+"""What a buffer asks of whoever makes its calls: the verbs, and what they bring.
+
+Two make them: the host, which moves rows through a transport (`exchange`, `low_latency`), and
+kernels that the host launches (`device`). A buffer does not know which.
+
+T tokens here, K top-k, H hidden, R ranks, N received rows, L local experts,
+M slots for the tokens of a rank, A compact rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Generic, NamedTuple, Protocol
+
+import torch
+
+from crossdock.codec import AnyTokens
+from crossdock.formats import RowFormat, TokenFormat
+from crossdock.handle import Handle, LowLatencyHandle
+from crossdock.routing import RoutingShare, Selection
+from crossdock.transports.session import Receive
+
+__all__ = [
+    "Combined",
+    "Dispatched",
+    "DispatchedAgain",
+    "ExchangeCalls",
+    "LowLatencyCalls",
+    "Slabs",
+    "Stats",
+]
+
+
+@dataclass(frozen=True)
+class Dispatched(Generic[AnyTokens]):
+    """What a dispatch brings.
+
+    Attributes:
+        tokens: received rows [N, H], with their scales if they came with some.
+        topk_idx: [N, K] int64 local expert ids, -1 where the slot is another rank's; or None.
+        topk_weights: [N, K] float32, 0 where the slot is another rank's; or None.
+        num_tokens_per_expert: rows per local expert; empty when rows were padded.
+        handle: for combine and for cached dispatches.
+        waited_us: how long this rank waited for each.
+    """
+
+    tokens: AnyTokens
+    topk_idx: torch.Tensor | None
+    topk_weights: torch.Tensor | None
+    num_tokens_per_expert: list[int]
+    handle: Handle
+    waited_us: Sequence[int]
+
+
+@dataclass(frozen=True)
+class DispatchedAgain(Generic[AnyTokens]):
+    """What a cached dispatch brings: received rows, and how long this rank waited for each."""
+
+    tokens: AnyTokens
+    waited_us: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Combined:
+    """What a combine brings.
+
+    Attributes:
+        rows: [T, H].
+        topk_weights: [T, K] float32, if there were some.
+        waited_us: how long this rank waited for each.
+    """
+
+    rows: torch.Tensor
+    topk_weights: torch.Tensor | None
+    waited_us: Sequence[int]
+
+
+class ExchangeCalls(Protocol):
+    """The high-throughput verbs of one buffer, whoever moves the rows. See `Exchange`."""
+
+    def dispatch(
+        self,
+        x: AnyTokens,
+        routing: RoutingShare,
+        *,
+        alignment: int,
+        num_worst_tokens: int,
+        num_sms: int,
+    ) -> Dispatched[AnyTokens]:
+        """Send every token to the ranks that want it."""
+        ...
+
+    def dispatch_again(
+        self, x: AnyTokens, handle: Handle, *, num_sms: int
+    ) -> DispatchedAgain[AnyTokens]:
+        """Send other rows the way an earlier dispatch went."""
+        ...
+
+    def combine(
+        self,
+        x: torch.Tensor,
+        handle: Handle,
+        *,
+        topk_weights: torch.Tensor | None = None,
+        bias: Sequence[torch.Tensor] = (),
+        num_sms: int,
+    ) -> Combined:
+        """Bring one row per (token, rank) back and sum them."""
+        ...
+
+    def warmup(self, form: RowFormat, num_tokens: int) -> None:
+        """Make room for calls of this size, and wait until all ranks are here."""
+        ...
+
+    def check(self) -> None:
+        """Raise what went wrong since the last call, as far as the host can know."""
+        ...
+
+
+class Stats(NamedTuple):
+    """The caller's statistics, to be added to in the receiving half; None where not wanted.
+
+    Attributes:
+        waits: [R] int64, microseconds that each rank was waited for.
+        received: [L] int32, rows of each expert.
+    """
+
+    waits: torch.Tensor | None = None
+    received: torch.Tensor | None = None
+
+    def add(self, waited_us: Sequence[int], recv_count: torch.Tensor | None = None) -> None:
+        """Add what one call brings."""
+        if self.received is not None and recv_count is not None:
+            self.received.add_(recv_count)
+        if self.waits is not None:
+            told = torch.tensor(list(waited_us), dtype=torch.int64, device=self.waits.device)
+            self.waits.add_(told)
+
+
+@dataclass(frozen=True)
+class Slabs:
+    """What a low-latency dispatch brings. The tensors are complete once `receive` has run.
+
+    Attributes:
+        payload: [L, R * M, H], or compact [A, H].
+        scales: [L, R * M, number of scales] or [A, number of scales], column-major; one
+            dimension less where a row has one scale; None without scales.
+        handle: for combine; its `packed_recv_count` [L] int32 says how many rows there are.
+        receive: the receiving half.
+    """
+
+    payload: torch.Tensor
+    scales: torch.Tensor | None
+    handle: LowLatencyHandle
+    receive: Receive
+
+
+class LowLatencyCalls(Protocol):
+    """The low-latency verbs of one buffer, whoever moves the rows. See `LowLatency`."""
+
+    def dispatch(
+        self,
+        x: torch.Tensor,
+        selection: Selection,
+        form: TokenFormat,
+        *,
+        num_slots: int,
+        num_experts: int,
+        compact: bool,
+        stats: Stats,
+        hooked: bool,
+    ) -> Slabs:
+        """Send every token, encoded, to the ranks that own its experts."""
+        ...
+
+    def combine(
+        self,
+        x: torch.Tensor,
+        selection: Selection,
+        handle: LowLatencyHandle,
+        *,
+        use_logfmt: bool,
+        out: torch.Tensor,
+        stats: Stats,
+        hooked: bool,
+    ) -> Receive:
+        """Weight and sum the experts' rows of every token."""
+        ...
+
+    def combine_buffer(self, handle: LowLatencyHandle, *, make: bool) -> torch.Tensor:
+        """Where the experts' outputs may be written for a combine without a copy."""
+        ...
