@@ -23,7 +23,7 @@ def on_gpu(rank: int) -> dist.ProcessGroup:
 
 def compare(rank: int, num_ranks: int) -> dict[str, str]:
     """Case -> what is wrong on this rank."""
-    buffer = Buffer(on_gpu(rank), timeout_s=60, first_call_timeout_s=60)
+    buffer = Buffer(on_gpu(rank), transport="collective", timeout_s=60, first_call_timeout_s=60)
     wrong = {"transport": buffer.transport} if buffer.transport != "collective" else {}
     for name, case in ROUTING_CASES.items():
         for dtype in (torch.bfloat16, torch.float32):
@@ -76,7 +76,7 @@ def test_results_are_those_of_the_oracle(num_ranks: int) -> None:
 
 
 def miss_one(rank: int, num_ranks: int) -> tuple[list[int], float, int]:
-    buffer = Buffer(on_gpu(rank), timeout_s=3, first_call_timeout_s=30)
+    buffer = Buffer(on_gpu(rank), transport="collective", timeout_s=3, first_call_timeout_s=30)
     idx = torch.arange(num_ranks, device="cuda").repeat(4, 1)
     began, missing = time.monotonic(), []
     try:

@@ -29,13 +29,15 @@ def compare(rank: int, num_ranks: int) -> dict[str, str]:
     """Case -> what is wrong on this rank."""
     wrong = {}
     group = on_gpu(rank)
-    with Buffer(group, low_latency_mode=True, timeout_s=60) as buffer:
+    with Buffer(group, transport="collective", low_latency_mode=True, timeout_s=60) as buffer:
         for name, case in ROUTING_CASES.items():
             for form, switches in FORMATS.items():
                 problem = one_case(buffer, case.make(num_ranks, seed=2), form, switches)
                 if problem:
                     wrong[f"{name} {form}"] = problem
-    with Buffer(group, low_latency_format="int8", low_latency_rows="compact") as buffer:
+    with Buffer(
+        group, transport="collective", low_latency_format="int8", low_latency_rows="compact"
+    ) as buffer:
         routing = ROUTING_CASES["duplicates"].make(num_ranks, seed=2)
         problem = one_case(buffer, routing, "int8", {})
         if problem:

@@ -1,0 +1,218 @@
+"""The kernels of the device calls, compiled without a GPU, as the host would have them compiled.
+
+Constants come from where the host takes them. Arguments are numbers: addresses, of 64 bits, or what
+usually fits into 32. Which is which is said here, once, for all kernels. Nothing is told of any
+number, since launches may not rely on one.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from crossdock import formats
+from crossdock.device import expert_kernels, rank_kernels
+from crossdock.device.launch import Kernel, model_of
+from crossdock.device.memory import NUM_STATES
+from crossdock.ops.triton import expert_records, expert_sums, rank_routes, rank_rows, rank_sums
+from crossdock.ops.triton.sync import Group, Link
+from tests.ops.quantize_kernels import usage_of
+
+FORMATS = {
+    "bf16": formats.BF16,
+    "fp8": formats.FP8_BLOCK128,
+    "fp8_ue8m0": formats.FP8_UE8M0,
+    "int8": formats.INT8_ROW,
+}
+
+
+def types_of(*kinds: Any) -> tuple[Any, ...]:
+    """What Triton calls the numbers of named tuples: those of the models that launches compile."""
+    models = [model_of(kind) for kind in kinds]
+    return tuple(
+        type(model)(*("i64" if number >> 32 else "i32" for number in model)) for model in models
+    )
+
+
+SENT, RECEIVED, LINK = rank_rows.Sent, rank_rows.Received, Link
+ROW_CALL = (LINK, rank_rows.RowZone, rank_rows.SentCall)
+ARGUMENTS = {
+    "route_ranks": types_of(SENT, RECEIVED, rank_routes.Learned, *ROW_CALL),
+    "send_ranks": types_of(SENT, *ROW_CALL),
+    "place_ranks": types_of(SENT, RECEIVED, *ROW_CALL),
+    "combine_ranks": types_of(
+        rank_sums.Rows, rank_sums.Sums, LINK, rank_sums.BackZone, rank_sums.BackCall
+    ),
+    "dispatch_experts": types_of(
+        expert_records.Tokens,
+        expert_records.Slabs,
+        LINK,
+        expert_records.Zone,
+        expert_records.Call,
+    ),
+    "combine_experts": types_of(
+        expert_sums.Chosen,
+        expert_sums.Returned,
+        LINK,
+        expert_sums.ReturnZone,
+        expert_sums.ReturnCall,
+    ),
+}
+"""The types of what a launch gives to a kernel, before its constants."""
+
+
+class Shape(NamedTuple):
+    """What a kernel is compiled for.
+
+    Attributes:
+        kernel: its name.
+        form: how rows are encoded.
+        hidden, num_topk, num_local, num_ranks: H, K, L, R; without K, no experts are named.
+        brings_weights: whether weights travel with the rows.
+        compact: how a low-latency dispatch lays rows out.
+        num_bias: of a combine.
+        is_float: whether a low-latency combine sends float32.
+    """
+
+    kernel: str
+    form: str = "bf16"
+    hidden: int = 7168
+    num_topk: int = 8
+    num_local: int = 64
+    num_ranks: int = 4
+    brings_weights: bool = False
+    compact: bool = False
+    num_bias: int = 0
+    is_float: bool = False
+
+
+class Tile(NamedTuple):
+    """The bytes, padded to a power of two, that a program moves at a time; 0 for none.
+
+    Attributes:
+        words: of rows that are moved as they are, where they are made of 16-byte words.
+        elements: of rows that are computed with, where they are made of such words.
+    """
+
+    words: int = 0
+    elements: int = 0
+
+
+class Compiled(NamedTuple):
+    """A compiled kernel.
+
+    Attributes:
+        ptx: its code.
+        usage: its resources, such as `REG:54 STACK:0 SHARED:1024 LOCAL:0`.
+        wide: 16-byte accesses that a thread makes, at least, to read a tile, or to write it.
+    """
+
+    ptx: str
+    usage: str
+    wide: Tile
+
+
+def compile_shape(capability: int, shape: Shape) -> Compiled:
+    kernel, tile = MAKERS[shape.kernel](shape, capability)
+    types, constants = ARGUMENTS[shape.kernel], kernel._constants
+    signature = [*types, *["constexpr"] * len(constants)]
+    source = ASTSource(
+        kernel._function,
+        signature=dict(zip(kernel._function.arg_names, signature, strict=True)),
+        constexprs={(len(types) + i,): value for i, value in enumerate(constants)},
+    )
+    target = GPUTarget("cuda", capability, 32)
+    found = triton.compile(source, target=target, options={"num_warps": kernel._num_warps})
+    wide = Tile(*(num_bytes // (16 * 32 * kernel._num_warps) for num_bytes in tile))
+    return Compiled(found.asm["ptx"], usage_of(found.asm["cubin"]), wide)
+
+
+def group_of(shape: Shape) -> Group:
+    padded = triton.next_power_of_2(shape.num_ranks)
+    return Group(shape.num_ranks, padded, NUM_STATES, is_compiled=True)
+
+
+def make_dispatch_experts(shape: Shape, capability: int) -> tuple[Kernel, Tile]:
+    """Rows are placed as they have come, and sent as they are or encoded."""
+    made = expert_kernels.dispatch_kernel(
+        expert_kernels.DispatchShape(
+            FORMATS[shape.form],
+            shape.hidden,
+            shape.num_topk,
+            shape.num_local,
+            group_of(shape),
+            has_weights=shape.brings_weights,
+            compact=shape.compact,
+            counts_waits=True,
+            counts_rows=True,
+            use_casts=capability >= 89,
+        )
+    )
+    row, is_wide = made.row, made.row.word == 16
+    encoded = row.blocks * row.block if row.rule and is_wide else 0
+    return made.kernel, Tile(8 * row.padded_words * is_wide, encoded)
+
+
+def make_combine_experts(shape: Shape, capability: int) -> tuple[Kernel, Tile]:
+    kernel, partial = expert_kernels.combine_kernel(
+        expert_kernels.CombineShape(
+            shape.hidden,
+            shape.num_topk,
+            shape.num_local,
+            group_of(shape),
+            is_float=shape.is_float,
+            knows_weights=shape.brings_weights,
+        )
+    )
+    return kernel, Tile(elements=2 * partial.padded * partial.aligned)
+
+
+def row_of(shape: Shape) -> rank_rows.RankRow:
+    return rank_kernels.rank_row(
+        FORMATS[shape.form].row(shape.hidden),
+        num_topk=shape.num_topk,
+        has_weights=shape.brings_weights,
+        local=shape.num_local,
+    )
+
+
+def words_of(row: rank_rows.RankRow | rank_sums.BackRow, shape: Shape) -> int:
+    """Nothing is sent by a rank that is alone."""
+    return 8 * row.rows * row.padded_words if row.word == 16 and shape.num_ranks > 1 else 0
+
+
+def make_route_ranks(shape: Shape, capability: int) -> tuple[Kernel, Tile]:
+    return rank_kernels.route_kernel(shape.num_local, group_of(shape)), Tile()
+
+
+def make_send_ranks(shape: Shape, capability: int) -> tuple[Kernel, Tile]:
+    row = row_of(shape)
+    return rank_kernels.send_kernel(row, group_of(shape)), Tile(words_of(row, shape))
+
+
+def make_place_ranks(shape: Shape, capability: int) -> tuple[Kernel, Tile]:
+    row = row_of(shape)
+    return rank_kernels.place_kernel(row, group_of(shape), pads=True), Tile(words_of(row, shape))
+
+
+def make_combine_ranks(shape: Shape, capability: int) -> tuple[Kernel, Tile]:
+    """Rows are sent as they are, and added up where they have come."""
+    num_topk = shape.num_topk if shape.brings_weights else 0
+    element = torch.float32 if shape.is_float else torch.bfloat16
+    row = rank_kernels.back_row(element, shape.hidden, num_topk=num_topk, num_bias=shape.num_bias)
+    sums = row.sums * row.padded * element.itemsize if row.word == 16 else 0
+    return rank_kernels.combine_kernel(row, group_of(shape)), Tile(words_of(row, shape), sums)
+
+
+MAKERS = {
+    "dispatch_experts": make_dispatch_experts,
+    "combine_experts": make_combine_experts,
+    "route_ranks": make_route_ranks,
+    "send_ranks": make_send_ranks,
+    "place_ranks": make_place_ranks,
+    "combine_ranks": make_combine_ranks,
+}

@@ -1,0 +1,165 @@
+"""High-throughput calls whose rows are moved by kernels, interpreted, against the oracle.
+
+The tests of the other transports, some of them, in small worlds: every routing case, every form of
+rows, every way of calling. On GPUs all of those tests run (`tests/gpu`).
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from crossdock import reference
+from crossdock.cases import ROUTING_CASES, origin_rows
+from tests.worlds import test_high_throughput as world
+from tests.worlds.checks import combine_faults, row_faults
+from tests.worlds.device_worlds import small
+from tests.worlds.test_high_throughput import KINDS, Kind, copied, lay_out, open_buffer, plain
+
+pytestmark = pytest.mark.slow
+
+MOST = 11
+"""Tokens of a rank: two chunks."""
+TURNS = [
+    ["bf16 of odd width", "fp8, fp32 scales"],
+    ["bf16", "fp16"],
+    ["fp8 of odd width", "bf16 of width 1"],
+    ["fp32", "fp8, int32 scales"],
+]
+
+
+@pytest.fixture(autouse=True)
+def _small_worlds(monkeypatch):
+    monkeypatch.setattr(world, "ROUTING_CASES", small(MOST))
+
+
+def go_there_and_back(pool, monkeypatch, num_ranks, case, names):
+    monkeypatch.setattr(world, "KINDS", {name: KINDS[name] for name in names})
+    world.test_rows_arrive_and_come_back(pool, "device", num_ranks, case)
+
+
+@pytest.mark.parametrize("case", ROUTING_CASES)
+def test_rows_arrive_and_come_back(interpreted_pool, monkeypatch, case):
+    names = TURNS[list(ROUTING_CASES).index(case) % len(TURNS)]
+    go_there_and_back(interpreted_pool, monkeypatch, 3, case, names)
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "case", "turn"),
+    [(1, "slots_empty", 0), (1, "nobody", 2), (2, "uneven", 3), (2, "duplicates", 2)],
+)
+def test_rows_arrive_in_other_worlds(interpreted_pool, monkeypatch, num_ranks, case, turn):
+    go_there_and_back(interpreted_pool, monkeypatch, num_ranks, case, TURNS[turn])
+
+
+def test_rows_arrive_on_four_ranks(interpreted_pool, monkeypatch):
+    go_there_and_back(interpreted_pool, monkeypatch, 4, "uneven", ["bf16 of odd width"])
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "case", "kind"),
+    [(3, "duplicates", "fp8, fp32 scales"), (3, "nobody", "bf16"), (1, "one_rank_empty", "bf16")],
+)
+def test_padded_results_begin_like_exact_ones(interpreted_pool, num_ranks, case, kind):
+    world.test_padded_results_begin_like_exact_ones(
+        interpreted_pool, "device", num_ranks, case, kind
+    )
+
+
+@pytest.mark.parametrize(("num_ranks", "case"), [(2, "all_to_one"), (1, "uniform")])
+def test_rows_that_do_not_fit_are_dropped_in_sight(interpreted_pool, num_ranks, case):
+    world.test_rows_that_do_not_fit_are_dropped_in_sight(
+        interpreted_pool, "device", num_ranks, case
+    )
+
+
+@pytest.mark.parametrize("name", ["bf16", "fp16", "fp32"])
+def test_biases_are_added_before_the_one_rounding(interpreted_pool, name):
+    routing, kind = small(MOST)["tokens_empty"].make(2, seed=5), KINDS[name]
+    job = (world.combine_with_biases, "device", routing, name)
+    got = interpreted_pool.run(*job, num_ranks=2)
+    answers = [
+        world.make_answers(len(each.recv_src_idx), kind, seed=rank)
+        for rank, each in enumerate(world.oracle_dispatch(routing, kind))
+    ]
+    for num in (1, 2):
+        biases = [world.make_biases(routing, kind, rank)[:num] for rank in range(2)]
+        exact = reference.combine(answers, routing.topk_idxs, routing.num_experts, biases=biases)
+        returned = [each[num - 1] for each in got]
+        assert not combine_faults(returned, exact, world.count_addends(routing, num))
+
+
+def test_experts_weights_and_alignment_are_optional(interpreted_pool):
+    world.test_experts_weights_and_alignment_are_optional(
+        interpreted_pool, "device", 2, "duplicates"
+    )
+
+
+def test_presence_decides_what_travels(interpreted_pool):
+    world.test_presence_decides_what_travels(interpreted_pool, "device")
+
+
+def test_strides_and_gradients_do_not_matter(interpreted_pool):
+    world.test_strides_and_gradients_do_not_matter(interpreted_pool, "device")
+
+
+def test_defaults_of_the_caller_do_not_matter(interpreted_pool):
+    world.test_defaults_of_the_caller_do_not_matter(interpreted_pool, "device")
+
+
+GROWING = [(5, 9), (5, 9), (5, 9), (30, 2), (6, 70), (6, 9)]
+"""Tokens of two ranks, call by call: only one of them outgrows the buffer, and never the first."""
+
+
+def dispatch_more_and_more(group, transport, routings):
+    """Keeps all results, which outlive the heaps that they came through, and the buffer."""
+    kept, rank = [], group.rank()
+    with open_buffer(group, transport) as buffer:
+        for index, routing in enumerate(routings):
+            x = rows_of(rank, index, len(routing.topk_idxs[rank]))
+            made = buffer.dispatch(x, **lay_out(buffer, routing))
+            kept.append((made[0], buffer.combine(made[0], made[4])[0]))
+    return [tuple(map(copied, each)) for each in kept]
+
+
+def rows_of(rank, index, num_tokens):
+    return origin_rows(rank + 2 * index, num_tokens, 16 * (1 + index // 4), dtype=torch.float32)
+
+
+def test_the_buffer_grows_with_what_is_asked_of_it(interpreted_pool):
+    generator = torch.Generator().manual_seed(0)
+    routings = []
+    for lengths in GROWING:
+        idxs = [torch.randint(-1, 4, (length, 2), generator=generator) for length in lengths]
+        routings.append(world.Routing(idxs, 4))
+    job = (dispatch_more_and_more, "device", routings)
+    everything = interpreted_pool.run(*job, num_ranks=2)
+    for index, routing in enumerate(routings):
+        kind = Kind(16 * (1 + index // 4), plain(torch.float32))
+        right = world.oracle_dispatch(routing, kind, offset=2 * index)
+        rows, sums = zip(*(each[index] for each in everything), strict=True)
+        assert not row_faults(rows, [each.recv_x for each in right])
+        for rank, (back, num) in enumerate(zip(sums, world.count_addends(routing), strict=True)):
+            x = rows_of(rank, index, len(routing.topk_idxs[rank]))
+            assert torch.equal(back, x * num[:, None])
+
+
+def use_buffers_by_turns(group, transport, routing):
+    """Two buffers whose calls alternate, each with calls in flight that the other does not see."""
+    rank, kind = group.rank(), KINDS["bf16"]
+    with open_buffer(group, transport) as first, open_buffer(group, transport) as second:
+        made = []
+        for turn, buffer in enumerate((first, second, first)):
+            x = kind.make(rank + 20 * turn, len(routing.topk_idxs[rank]), kind.hidden)
+            made.append(buffer.dispatch(x, **lay_out(buffer, routing)))
+        for buffer, each in zip((second, first), made[1:], strict=True):
+            buffer.combine(each[0], each[4])
+        return [copied(each[0]) for each in made]
+
+
+def test_two_buffers_do_not_disturb_each_other(interpreted_pool):
+    routing = small(MOST)["uneven"].make(2, seed=1)
+    got = interpreted_pool.run(use_buffers_by_turns, "device", routing, num_ranks=2)
+    for turn in range(3):
+        right = world.oracle_dispatch(routing, KINDS["bf16"], offset=20 * turn)
+        assert not row_faults([each[turn] for each in got], [each.recv_x for each in right])
