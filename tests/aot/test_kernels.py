@@ -54,6 +54,7 @@ ON_90 = {
     "combine_ranks of eight": {"num_ranks": 8},
 }
 SPILLING = (
+    "combine_experts",
     "dispatch_experts fp8",
     "dispatch_experts of eight",
     "route_ranks without experts",

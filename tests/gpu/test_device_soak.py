@@ -42,11 +42,29 @@ class PoisonedBuffer(DelayedBuffer):
         return super().dispatch(*args, **rest)
 
 
+class InOrder(test_low_latency_soak.Rank):
+    """Receives, before it makes a call, all calls of that kind but the last one."""
+
+    def __init__(self, *args: Any, **rest: Any) -> None:
+        super().__init__(*args, **rest)
+        self.last: dict[str, Any] = {}
+
+    def take_off(self, kind: str, flight: Any, *, has_hook: bool) -> None:
+        self.last[kind] = flight
+        super().take_off(kind, flight, has_hook=has_hook)
+
+    def make_room(self, kind: str, *, most: int) -> None:
+        for flight in list(self.flights[kind]):
+            if not most or flight is not self.last[kind]:
+                self.receive(kind, flight)
+
+
 def soak_in_poison(group: Any, job: Any, *args: Any) -> Any:
     with (
         poisoned_allocations(),
         adapted(PoisonedBuffer),
         mock.patch.object(test_soak, "Buffer", PoisonedBuffer),
+        mock.patch.object(test_low_latency_soak, "Rank", InOrder),
     ):
         return job(group, "device", *args)
 
@@ -73,4 +91,4 @@ def test_a_long_mixed_run_stays_right(pool: Any, rows: str, names: tuple[str, ..
     for seen in pool.run(soak_in_poison, *job, timeout_s=seconds):
         assert seen.faults == []
         assert seen.num_judged > 1.5 * num_rounds
-        assert seen.num_overtaken > 0.05 * num_rounds
+        assert seen.num_overtaken > 0.02 * num_rounds

@@ -27,6 +27,7 @@ from tests.worlds.low_latency_worlds import (
     open_buffer,
     poison,
     run_world,
+    start_dispatch,
 )
 
 pytestmark = pytest.mark.slow
@@ -227,3 +228,31 @@ def test_what_is_not_there_is_said_before_anything_is_sent(interpreted_pool):
     job = (ask_for_what_there_is_not, routing, form)
     combined = run_world(interpreted_pool, "device", *job, num_ranks=2)
     assert not sum_faults(combined, judge_case("uniform", 2, "bf16").noise)
+
+
+def overtake(group, transport, routings, form):
+    """The second call is received first, and a third one made before the first is received."""
+    with open_buffer(group, transport) as buffer:
+        first, receive_first = start_dispatch(buffer, routings[0], form, return_recv_hook=True)
+        second = dispatch(buffer, routings[1], form, use_hook=True)
+        try:
+            third, hook = start_dispatch(buffer, routings[2], form, return_recv_hook=True)
+        except HandleError as error:
+            return str(error)
+        receive_first()
+        hook()
+        return [first, second, third]
+
+
+def test_a_call_that_is_overtaken_twice_keeps_its_rows_or_is_refused(interpreted_pool):
+    """There is room for two in flight; which of them is received is each rank's own business."""
+    routings = [draw(case, 2) for case in ("uniform", "slots_empty", "duplicates")]
+    form = form_for(routings[0], "bf16")
+    job = (overtake, routings, form)
+    results = run_world(interpreted_pool, "device", *job, num_ranks=2)
+    if all(isinstance(each, str) for each in results):
+        assert all("hook" in each for each in results)
+        return
+    for index, case in enumerate(("uniform", "slots_empty", "duplicates")):
+        right = judge_case(case, 2, "bf16").slabs
+        assert not slab_faults([each[index] for each in results], right, form, routings[index])
