@@ -71,8 +71,8 @@ class LowLatencyHandle(NamedTuple):
     """The memory of one low-latency dispatch. L local experts, R ranks, M slots for each rank.
 
     Attributes:
-        src_info: [L, R * M] int32, the token that each row is, among its source's tokens; -1 where
-            no row is (on a GPU undefined there). With compact rows [A], row by row.
+        src_info: [L, R * M] int32, the token that each row is, among its source's tokens; undefined
+            where no row is. With compact rows [A], row by row.
         layout_range: [L, R] int64, `(begin << 32) | count`: the rows of an expert that came from a
             rank, `begin` counted from the expert's first row.
         num_max_dispatch_tokens_per_rank: M.

@@ -287,7 +287,7 @@ class LowLatency:
         compact_rows = num_rows * min(header.num_topk, experts_here)
         shape = (compact_rows,) if compact else (experts_here, num_rows)
         handle = LowLatencyHandle(
-            torch.full(shape, -1, dtype=torch.int32, device=device),
+            torch.empty(shape, dtype=torch.int32, device=device),
             torch.zeros((experts_here, self._num_ranks), dtype=torch.int64, device=device),
             header.num_slots,
             header.hidden,
