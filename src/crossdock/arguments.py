@@ -8,64 +8,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 
 import torch
 
 from crossdock import _env
 from crossdock.codec import Tokens, row_format
 from crossdock.errors import ConfigError, RankMismatchError, ShapeError
-from crossdock.formats import (
-    BF16,
-    FP8_BLOCK128,
-    FP8_ROUND_SCALE,
-    FP8_UE8M0,
-    INT8_ROW,
-    TokenFormat,
-)
-from crossdock.handle import Handle, LowLatencyHandle
-from crossdock.routing import RoutingShare, Selection, check_expert_ids
+from crossdock.handle import Handle
+from crossdock.low_latency_arguments import LowLatencyOptions
+from crossdock.routing import RoutingShare, check_expert_ids
+from crossdock.shapes import check_tensor
 from crossdock.topology import Topology, num_local_experts
 from crossdock.transports.session import Timeouts
 
 __all__ = [
     "BufferArguments",
     "DispatchArguments",
-    "LowLatencyOptions",
     "add_waits",
-    "check_tensor",
     "checked_bias",
-    "checked_expert_rows",
-    "checked_selection",
     "checked_wait_stats",
 ]
 
 _COMBINED = (torch.bfloat16, torch.float16, torch.float32)
-
-
-def check_tensor(
-    name: str,
-    value: torch.Tensor | None,
-    *,
-    dtype: torch.dtype,
-    shape: tuple[int | None, ...],
-) -> torch.Tensor:
-    """The tensor, if it has this dtype and shape; None in the shape stands for any length.
-
-    Raises:
-        ShapeError: it has not, or is missing.
-    """
-    if value is not None and value.dtype == dtype and len(value.shape) == len(shape):
-        have = value.shape
-        if all(length in (None, size) for length, size in zip(shape, have, strict=True)):
-            return value
-    sizes = ", ".join("any" if length is None else str(length) for length in shape)
-    got = None if value is None else f"{_name(value.dtype)} {list(value.shape)}"
-    raise ShapeError(name, got=got, expected=f"{_name(dtype)} [{sizes}]")
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True)
@@ -164,53 +128,6 @@ def checked_bias(
     return [term.detach() for term in terms]
 
 
-def checked_selection(
-    topk_idx: torch.Tensor,
-    topk_weights: torch.Tensor | None,
-    *,
-    num_tokens: int,
-    num_slots: int,
-    num_experts: int,
-    num_ranks: int,
-) -> Selection:
-    """What a rank tells the others in a low-latency call.
-
-    Raises:
-        ShapeError: a tensor has the wrong shape or dtype, there are more tokens than slots, or the
-            experts do not divide over the ranks.
-    """
-    num_local_experts(num_experts, num_ranks)
-    check_tensor("topk_idx", topk_idx, dtype=torch.int64, shape=(num_tokens, None))
-    if num_slots < max(num_tokens, 1):
-        expected = f"at least {max(num_tokens, 1)}, the number of tokens"
-        raise ShapeError("num_max_dispatch_tokens_per_rank", got=num_slots, expected=expected)
-    check_expert_ids(topk_idx, num_experts)
-    if topk_weights is None:
-        return Selection(topk_idx.contiguous())
-    shape = (num_tokens, topk_idx.shape[1])
-    check_tensor("topk_weights", topk_weights, dtype=torch.float32, shape=shape)
-    return Selection(topk_idx.contiguous(), topk_weights.detach().contiguous())
-
-
-def checked_expert_rows(x: torch.Tensor, handle: LowLatencyHandle) -> torch.Tensor:
-    """The rows that experts return, in slabs or compact.
-
-    Raises:
-        ShapeError: they are not bf16, or do not fit the handle.
-    """
-    experts_here, num_ranks = handle.layout_range.shape
-    slab = (experts_here, num_ranks * handle.num_slots, handle.hidden)
-    if x.dim() == 3:
-        return check_tensor("x", x.detach(), dtype=torch.bfloat16, shape=slab)
-    rows = check_tensor("x", x.detach(), dtype=torch.bfloat16, shape=(None, handle.hidden))
-    if rows.device.type == "cpu":
-        needed = int(handle.packed_recv_count.sum())
-        if rows.shape[0] < needed:
-            got = f"{rows.shape[0]} rows"
-            raise ShapeError("x", got=got, expected=f"{needed} rows or more, as were received")
-    return rows
-
-
 def checked_wait_stats(
     name: str, stats: torch.Tensor | None, *, rank: int, num_ranks: int
 ) -> torch.Tensor | None:
@@ -230,58 +147,6 @@ def add_waits(stats: torch.Tensor | None, waited_us: Sequence[int]) -> None:
     """Add what this rank waited for each source, in microseconds, where it is counted."""
     if stats is not None:
         stats += torch.tensor(list(waited_us), dtype=torch.int64, device=stats.device)
-
-
-@dataclass(frozen=True)
-class LowLatencyOptions:
-    """What a buffer was told of its low-latency calls, as it came.
-
-    Attributes:
-        form: "fp8", "int8", "bf16" or a format record: what `use_fp8=True` means.
-        rows: "slab" or "compact".
-        partials: "bf16" or "fp32", dtype of the sums that travel back.
-    """
-
-    form: str | TokenFormat = "fp8"
-    rows: str = "slab"
-    partials: str = "bf16"
-
-    def check(self) -> None:
-        """Raise `ConfigError` unless all are known."""
-        choices = (
-            ("low_latency_format", self.form, tuple(_FORMATS)),
-            ("low_latency_rows", self.rows, ("slab", "compact")),
-            ("partials", self.partials, tuple(_PARTIALS)),
-        )
-        for name, value, known in choices:
-            if not isinstance(value, TokenFormat) and value not in known:
-                raise ConfigError(f"{name} is {value!r}, must be one of {', '.join(known)}")
-
-    @property
-    def partials_dtype(self) -> torch.dtype:
-        """Dtype of the sums that travel back."""
-        return _PARTIALS[self.partials]
-
-    def chosen(self, *, use_fp8: bool, round_scale: bool, use_ue8m0: bool) -> TokenFormat:
-        """The format of a call; without `use_fp8` the other switches say nothing.
-
-        Raises:
-            ConfigError: switches that do not go together, or with the buffer's format.
-        """
-        if not use_fp8:
-            return BF16
-        if use_ue8m0 and not round_scale:
-            raise ConfigError("use_ue8m0 needs round_scale=True: its scales are powers of two")
-        form = self.form if isinstance(self.form, TokenFormat) else _FORMATS[self.form]
-        if not round_scale:
-            return form
-        if form != FP8_BLOCK128:
-            raise ConfigError(f"round_scale and use_ue8m0 are of fp8, the format is {form.name}")
-        return FP8_UE8M0 if use_ue8m0 else FP8_ROUND_SCALE
-
-
-_FORMATS = MappingProxyType({"fp8": FP8_BLOCK128, "int8": INT8_ROW, "bf16": BF16})
-_PARTIALS = MappingProxyType({"bf16": torch.bfloat16, "fp32": torch.float32})
 
 
 @dataclass(frozen=True, kw_only=True)

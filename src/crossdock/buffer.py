@@ -18,9 +18,7 @@ from crossdock import _env
 from crossdock.arguments import (
     BufferArguments,
     DispatchArguments,
-    LowLatencyOptions,
     add_waits,
-    check_tensor,
     checked_bias,
 )
 from crossdock.codec import AnyTokens, Tokens
@@ -36,7 +34,9 @@ from crossdock.exchange import Exchange
 from crossdock.formats import RowFormat, TokenFormat
 from crossdock.handle import Handle
 from crossdock.low_latency import LowLatency
+from crossdock.low_latency_arguments import LowLatencyOptions
 from crossdock.routing import dispatch_layout
+from crossdock.shapes import check_tensor
 from crossdock.topology import Communicator, Topology
 from crossdock.transports import Limits, select
 from crossdock.transports.header import Operation

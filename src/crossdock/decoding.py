@@ -13,17 +13,21 @@ from collections.abc import Callable
 
 import torch
 
-from crossdock.arguments import (
-    LowLatencyOptions,
-    check_tensor,
-    checked_expert_rows,
-    checked_selection,
-    checked_wait_stats,
-)
+from crossdock.arguments import checked_wait_stats
 from crossdock.config import low_latency_size_hint
 from crossdock.errors import ConfigError, ShapeError
 from crossdock.events import EventOverlap, Turn
 from crossdock.handle import LowLatencyHandle
+from crossdock.low_latency_arguments import (
+    CombineArguments,
+    LowLatencyOptions,
+    SlabArguments,
+    check_combine,
+    check_dispatch,
+    check_row_count,
+    selected,
+)
+from crossdock.shapes import check_tensor, meta
 from crossdock.topology import num_local_experts
 from crossdock.transports.base import Masks
 from crossdock.transports.header import Operation
@@ -133,25 +137,24 @@ class DecodingCalls:
                 while ranks are masked.
         """
         with self._session.checking(Operation.LOW_LATENCY_DISPATCH):
-            check_tensor("x", x, dtype=torch.bfloat16, shape=(None, None))
             form = self._options.chosen(
                 use_fp8=use_fp8, round_scale=round_scale, use_ue8m0=use_ue8m0
             )
-            form.row(x.shape[1])
-            selection = checked_selection(
-                topk_idx,
-                topk_weights,
-                num_tokens=x.shape[0],
-                num_slots=num_max_dispatch_tokens_per_rank,
-                num_experts=num_experts,
-                num_ranks=self.group_size,
-            )
-            waits = self._waits("dispatch_wait_recv_cost_stats", dispatch_wait_recv_cost_stats)
             received = cumulative_local_expert_recv_stats
-            if received is not None:
-                shape = (num_experts // self.group_size,)
-                name = "cumulative_local_expert_recv_stats"
-                check_tensor(name, received, dtype=torch.int32, shape=shape)
+            check_dispatch(
+                SlabArguments(
+                    meta(x),
+                    meta(topk_idx),
+                    meta(topk_weights),
+                    meta(received),
+                    num_max_dispatch_tokens_per_rank,
+                    num_experts,
+                    self.group_size,
+                    form,
+                )
+            )
+            selection = selected(topk_idx, topk_weights, num_experts)
+            waits = self._waits("dispatch_wait_recv_cost_stats", dispatch_wait_recv_cost_stats)
         with Turn(self._stream, None, async_finish=async_finish) as turn:
             done = self._low_latency.dispatch(
                 x.detach().contiguous(),
@@ -212,25 +215,34 @@ class DecodingCalls:
             HandleError: the handle does not fit, or two combines are in flight already.
         """
         with self._session.checking(Operation.LOW_LATENCY_COMBINE):
-            named = LowLatencyHandle.of(handle, num_ranks=self.group_size)
-            selection = checked_selection(
-                topk_idx,
-                check_tensor("topk_weights", topk_weights, dtype=torch.float32, shape=(None, None)),
-                num_tokens=topk_idx.shape[0],
-                num_slots=named.num_slots,
-                num_experts=named.num_experts,
-                num_ranks=self.group_size,
-            )
-            written = self._low_latency.combine_buffer(named, make=False) if zero_copy else x
-            rows = checked_expert_rows(written, named)
-            shape = (topk_idx.shape[0], named.hidden)
+            named = handle
+            if not isinstance(named, LowLatencyHandle):
+                named = LowLatencyHandle.of(handle, num_ranks=self.group_size)
+            if zero_copy:
+                x = self._low_latency.combine_buffer(named, make=False)
             if out is None:
+                shape = (topk_idx.shape[0], named.hidden)
                 out = torch.empty(shape, dtype=torch.bfloat16, device=x.device)
-            check_tensor("out", out, dtype=torch.bfloat16, shape=shape)
+            check_combine(
+                CombineArguments(
+                    meta(x),
+                    meta(topk_idx),
+                    meta(topk_weights),
+                    meta(out),
+                    named.src_info.shape,
+                    named.layout_range.shape,
+                    named.num_max_dispatch_tokens_per_rank,
+                    named.hidden,
+                    named.num_experts,
+                    self.group_size,
+                )
+            )
+            check_row_count(x, named)
+            selection = selected(topk_idx, topk_weights, named.num_experts)
             waits = self._waits("combine_wait_recv_cost_stats", combine_wait_recv_cost_stats)
         with Turn(self._stream, None, async_finish=async_finish) as turn:
             receive = self._low_latency.combine(
-                rows,
+                x,
                 selection,
                 named,
                 use_logfmt=use_logfmt,

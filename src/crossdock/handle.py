@@ -14,7 +14,7 @@ import torch
 from crossdock.errors import HandleError, ShapeError
 from crossdock.topology import num_local_experts
 
-__all__ = ["Handle", "LowLatencyHandle"]
+__all__ = ["Handle", "LowLatencyHandle", "check_slab_shapes"]
 
 
 class Handle(NamedTuple):
@@ -109,9 +109,14 @@ class LowLatencyHandle(NamedTuple):
         count = handle[5] if len(handle) == 6 else None
         if not isinstance(count, torch.Tensor):
             count = (layout_range & 0xFFFFFFFF).sum(1, dtype=torch.int32)
-        named = cls(src_info, layout_range, num_slots, hidden, num_experts, count)
-        named.check(num_ranks)
-        return named
+        check_slab_shapes(
+            src_info.shape,
+            layout_range.shape,
+            num_slots=num_slots,
+            num_experts=num_experts,
+            num_ranks=num_ranks,
+        )
+        return cls(src_info, layout_range, num_slots, hidden, num_experts, count)
 
     @property
     def num_slots(self) -> int:
@@ -128,17 +133,32 @@ class LowLatencyHandle(NamedTuple):
         """Whether dispatch laid the experts' rows back to back."""
         return self.src_info.dim() == 1
 
-    def check(self, num_ranks: int) -> None:
-        """Raise `HandleError` unless the shapes fit each other and a group of this size."""
-        try:
-            experts_here = num_local_experts(self.num_experts, num_ranks)
-        except ShapeError as error:
-            raise HandleError(f"the handle is of another group: {error}") from error
-        slab = (experts_here, num_ranks * self.num_max_dispatch_tokens_per_rank)
-        fits = self.is_compact or tuple(self.src_info.shape) == slab
-        if tuple(self.layout_range.shape) != (experts_here, num_ranks) or not fits:
-            raise HandleError(
-                f"the handle has src_info {tuple(self.src_info.shape)} and layout_range "
-                f"{tuple(self.layout_range.shape)}; for {num_ranks} ranks and {self.num_experts} "
-                f"experts they are {slab} and {(experts_here, num_ranks)}"
-            )
+
+def check_slab_shapes(
+    src_info: Sequence[int],
+    layout_range: Sequence[int],
+    *,
+    num_slots: int,
+    num_experts: int,
+    num_ranks: int,
+) -> None:
+    """Raise `HandleError` unless the shapes in a handle fit each other and a group of this size.
+
+    Args:
+        src_info: its shape.
+        layout_range: its shape.
+        num_slots: M.
+        num_experts: E.
+        num_ranks: R.
+    """
+    try:
+        experts_here = num_local_experts(num_experts, num_ranks)
+    except ShapeError as error:
+        raise HandleError(f"the handle is of another group: {error}") from error
+    slab, ranges = (experts_here, num_ranks * num_slots), (experts_here, num_ranks)
+    fits = len(src_info) == 1 or tuple(src_info) == slab
+    if tuple(layout_range) != ranges or not fits:
+        raise HandleError(
+            f"the handle has src_info {tuple(src_info)} and layout_range {tuple(layout_range)}; "
+            f"for {num_ranks} ranks and {num_experts} experts they are {slab} and {ranges}"
+        )

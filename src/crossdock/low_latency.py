@@ -118,7 +118,7 @@ class LowLatency:
         """
         row, selection = form.row(x.shape[1]), selection.owned()
         with self._session.flight(Operation.LOW_LATENCY_DISPATCH) as attempt:
-            planes = encode(x, form)
+            planes = encode(x.detach().contiguous(), form)
             header = self._header(attempt, row, selection)._replace(
                 num_slots=num_slots,
                 num_experts=num_experts,
@@ -142,9 +142,7 @@ class LowLatency:
             memory.received = True
             stats.add(landed.waited_after(routed), handle.packed_recv_count)
 
-        done = self._session.receive(attempt.call, receive)
-        if not hooked:
-            done()
+        done = self._session.receive(attempt.call, receive, hooked=hooked)
         return Slabs(payload, scales, handle, done)
 
     def combine(
@@ -157,7 +155,7 @@ class LowLatency:
         out: torch.Tensor,
         stats: Stats,
         hooked: bool,
-    ) -> Receive:
+    ) -> Receive | None:
         """Weight and sum the experts' rows of every token; receive later.
 
         Args:
@@ -199,7 +197,7 @@ class LowLatency:
                 gone = routed.masked | routed.lost_since(memory.eras, self._rank)
                 table, in_rank = known.without(gone), memory.in_rank.clone()
                 in_rank[:, sorted(gone)] = False
-            sums, num_back = self._partial_sums(x, handle, table)
+            sums, num_back = self._partial_sums(x.detach(), handle, table)
             planes = encode_log(sums) if use_logfmt else [sums]
             counts = self._counts(num_back, in_rank.sum(0).tolist())
             sends = layouts.consecutive(num_back)
@@ -210,10 +208,7 @@ class LowLatency:
             _sum_up(landed, in_rank, out, hidden=hidden if use_logfmt else 0)
             stats.add(landed.waited_after(routed))
 
-        done = self._session.receive(attempt.call, receive)
-        if not hooked:
-            done()
-        return done
+        return self._session.receive(attempt.call, receive, hooked=hooked)
 
     def combine_buffer(self, handle: LowLatencyHandle, *, make: bool) -> torch.Tensor:
         """Where the experts' outputs may be written for a combine without a copy.

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 
@@ -189,8 +190,7 @@ class RoutingTable:
         )
 
 
-@dataclass(frozen=True)
-class Selection:
+class Selection(NamedTuple):
     """The share of a low-latency call: the choices of one rank's tokens, and nothing else.
 
     Attributes:
@@ -203,7 +203,7 @@ class Selection:
 
     def owned(self) -> Selection:
         """The same as int32, in memory of its own."""
-        weights = None if self.topk_weights is None else self.topk_weights.clone()
+        weights = None if self.topk_weights is None else self.topk_weights.detach().clone()
         return Selection(self.topk_idx.to(torch.int32, copy=True), weights)
 
     def to_bytes(self) -> torch.Tensor:

@@ -138,8 +138,7 @@ class Stats(NamedTuple):
             self.waits.add_(told)
 
 
-@dataclass(frozen=True)
-class Slabs:
+class Slabs(NamedTuple):
     """What a low-latency dispatch brings. The tensors are complete once `receive` has run.
 
     Attributes:
@@ -147,13 +146,13 @@ class Slabs:
         scales: [L, R * M, number of scales] or [A, number of scales], column-major; one
             dimension less where a row has one scale; None without scales.
         handle: for combine; its `packed_recv_count` [L] int32 says how many rows there are.
-        receive: the receiving half.
+        receive: the receiving half; None if it has run.
     """
 
     payload: torch.Tensor
     scales: torch.Tensor | None
     handle: LowLatencyHandle
-    receive: Receive
+    receive: Receive | None
 
 
 class LowLatencyCalls(Protocol):
@@ -184,7 +183,7 @@ class LowLatencyCalls(Protocol):
         out: torch.Tensor,
         stats: Stats,
         hooked: bool,
-    ) -> Receive:
+    ) -> Receive | None:
         """Weight and sum the experts' rows of every token."""
         ...
 

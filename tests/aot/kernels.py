@@ -76,6 +76,7 @@ class Shape(NamedTuple):
         compact: how a low-latency dispatch lays rows out.
         num_bias: of a combine.
         is_float: whether a low-latency combine sends float32.
+        is_log: or in the logarithmic format.
     """
 
     kernel: str
@@ -88,6 +89,7 @@ class Shape(NamedTuple):
     compact: bool = False
     num_bias: int = 0
     is_float: bool = False
+    is_log: bool = False
 
 
 class Tile(NamedTuple):
@@ -138,37 +140,40 @@ def group_of(shape: Shape) -> Group:
 
 def make_dispatch_experts(shape: Shape, capability: int) -> tuple[Kernel, Tile]:
     """Rows are placed as they have come, and sent as they are or encoded."""
-    made = expert_kernels.dispatch_kernel(
-        expert_kernels.DispatchShape(
-            FORMATS[shape.form],
-            shape.hidden,
-            shape.num_topk,
-            shape.num_local,
-            group_of(shape),
-            has_weights=shape.brings_weights,
-            compact=shape.compact,
-            counts_waits=True,
-            counts_rows=True,
-            use_casts=capability >= 89,
-        )
+    kind = expert_kernels.DispatchShape(
+        FORMATS[shape.form],
+        shape.hidden,
+        shape.num_topk,
+        num_slots=128,
+        num_experts=shape.num_local * shape.num_ranks,
+        has_weights=shape.brings_weights,
+        compact=shape.compact,
+        counts_waits=True,
+        counts_rows=True,
     )
-    row, is_wide = made.row, made.row.word == 16
+    use_casts = capability >= 89
+    plan = expert_kernels.plan_dispatch(kind, group_of(shape), back_bytes=0, use_casts=use_casts)
+    row = expert_kernels.expert_row(kind, use_casts=use_casts)
+    is_wide = row.word == 16
     encoded = row.blocks * row.block if row.rule and is_wide else 0
-    return made.kernel, Tile(8 * row.padded_words * is_wide, encoded)
+    return plan.kernel, Tile(8 * row.padded_words * is_wide, encoded)
 
 
 def make_combine_experts(shape: Shape, capability: int) -> tuple[Kernel, Tile]:
-    kernel, partial = expert_kernels.combine_kernel(
-        expert_kernels.CombineShape(
-            shape.hidden,
-            shape.num_topk,
-            shape.num_local,
-            group_of(shape),
-            is_float=shape.is_float,
-            knows_weights=shape.brings_weights,
-        )
+    kind = expert_kernels.CombineShape(
+        shape.hidden,
+        shape.num_topk,
+        num_slots=128,
+        num_experts=shape.num_local * shape.num_ranks,
+        use_logfmt=shape.is_log,
+        knows_weights=shape.brings_weights,
+        counts_waits=True,
     )
-    return kernel, Tile(elements=2 * partial.padded * partial.aligned)
+    group, element = group_of(shape), torch.float32 if shape.is_float else torch.bfloat16
+    plan = expert_kernels.plan_combine(kind, group, partials=element)
+    partial = expert_kernels.partial_sum(kind, group, is_float=shape.is_float)
+    is_wide = partial.aligned and not partial.is_log
+    return plan.kernel, Tile(elements=2 * partial.padded * is_wide)
 
 
 def row_of(shape: Shape) -> rank_rows.RankRow:

@@ -27,6 +27,7 @@ EVERYWHERE = {
     "dispatch_experts bf16, compact": {"compact": True, "brings_weights": True},
     "combine_experts": {},
     "combine_experts fp32": {"is_float": True, "brings_weights": True},
+    "combine_experts logfmt": {"is_log": True, "brings_weights": True},
     "route_ranks": {},
     "send_ranks bf16": {"brings_weights": True},
     "send_ranks fp8": {"form": "fp8", "brings_weights": True},
@@ -54,7 +55,7 @@ ON_90 = {
     "combine_ranks of eight": {"num_ranks": 8},
 }
 SPILLING = (
-    "combine_experts",
+    "combine_experts logfmt",
     "dispatch_experts fp8",
     "dispatch_experts of eight",
     "route_ranks without experts",

@@ -16,7 +16,8 @@ from crossdock import (
     ShapeError,
     TokenFormat,
 )
-from crossdock.arguments import LowLatencyOptions, checked_wait_stats
+from crossdock.arguments import checked_wait_stats
+from crossdock.low_latency_arguments import LowLatencyOptions
 
 OWN = TokenFormat("own", torch.float8_e5m2, ScaleRule.QUOTIENT, block=64)
 

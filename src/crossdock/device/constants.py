@@ -16,8 +16,8 @@ __all__ = ["aligned", "constants", "next_power_of_two", "widest_word"]
 
 def aligned(rows: torch.Tensor) -> torch.Tensor:
     """The rows, contiguous, beginning on a 16-byte bound; a copy only where they were not."""
-    rows = rows.detach().contiguous()
-    return rows if rows.data_ptr() % 16 == 0 else rows.clone()
+    rows = rows.contiguous()
+    return rows if rows.data_ptr() % 16 == 0 else rows.detach().clone()
 
 
 def widest_word(num_bytes: int) -> int:

@@ -1,79 +1,178 @@
-"""The kernels of low-latency calls, and the constants they are compiled for."""
+"""What is worked out once for low-latency calls of a kind: kernels, constants, sizes."""
 
 from __future__ import annotations
 
 import functools
 from typing import NamedTuple
 
+import torch
+
 from crossdock.config import align
 from crossdock.device.constants import next_power_of_two, widest_word
 from crossdock.device.launch import Kernel
-from crossdock.formats import ELEMENT_CODES, ScaleRule, TokenFormat
+from crossdock.device.memory import DeviceCapacity
+from crossdock.device.slabs import SlabLayout, slab_layout
+from crossdock.formats import ELEMENT_CODES, RowFormat, ScaleRule, TokenFormat
+from crossdock.logfmt import log_row
 from crossdock.ops.triton import expert_records, expert_rows, expert_sums
 from crossdock.ops.triton.sync import Group
+from crossdock.topology import num_local_experts
 
-__all__ = ["CombineShape", "DispatchShape", "Prepared", "combine_kernel", "dispatch_kernel"]
+__all__ = [
+    "CombinePlan",
+    "CombineShape",
+    "DispatchPlan",
+    "DispatchShape",
+    "expert_row",
+    "partial_sum",
+    "plan_combine",
+    "plan_dispatch",
+]
 
 _DISPATCH_WARPS = 8
 _COMBINE_WARPS = 4
+_LOG_WARPS = 8
 _TELLERS = 4
+_LOG_BLOCK = 64
+_PARTIALS = (torch.bfloat16, torch.float32)
 _MAX_TILE = 1 << 14
 """Elements of the largest tile in which choices are compared with each other."""
 
 
 class DispatchShape(NamedTuple):
-    """What a compiled dispatch depends on."""
+    """What dispatches of a kind have in common."""
 
     form: TokenFormat
     hidden: int
     num_topk: int
-    num_local: int
-    group: Group
+    num_slots: int
+    num_experts: int
     has_weights: bool
     compact: bool
     counts_waits: bool
     counts_rows: bool
-    use_casts: bool
 
 
-class Prepared(NamedTuple):
-    """A dispatch kernel and its constants."""
+class DispatchPlan(NamedTuple):
+    """What is worked out once for dispatches of a kind.
+
+    Attributes:
+        kernel: compiled for them.
+        layout: of what they bring.
+        capacity: what they and their combines need of the heap.
+        numbers: the end of `expert_records.Slabs`: what lies where, and strides of scales.
+        num_timers: programs that measure how long each rank is waited for.
+    """
 
     kernel: Kernel
-    row: expert_records.ExpertRow
-    experts: expert_records.Experts
+    layout: SlabLayout
+    capacity: DeviceCapacity
+    numbers: tuple[int, ...]
+    num_timers: int
+
+
+def plan_dispatch(
+    shape: DispatchShape, group: Group, *, back_bytes: int, use_casts: bool
+) -> DispatchPlan:
+    """The plan of dispatches of a kind.
+
+    Args:
+        shape: their kind.
+        group: the ranks.
+        back_bytes: of a row on its way back.
+        use_casts: whether the hardware rounds to fp8.
+    """
+    experts = _experts_of(shape, group)
+    row = expert_row(shape, use_casts=use_casts)
+    layout = slab_layout(
+        shape.form,
+        shape.hidden,
+        num_slots=shape.num_slots,
+        num_ranks=group.size,
+        experts=experts,
+    )
+    capacity = DeviceCapacity(
+        slots=shape.num_slots,
+        row_bytes=row.stride,
+        back_bytes=align(back_bytes, 16),
+        topk=shape.num_topk,
+        experts=experts.local,
+    )
+    return DispatchPlan(
+        _dispatch_kernel(row, experts, group),
+        layout,
+        capacity,
+        (*layout.extras[:3], *layout.kernel_strides),
+        group.size * shape.counts_waits,
+    )
 
 
 @functools.cache
-def dispatch_kernel(shape: DispatchShape) -> Prepared:
-    """The dispatch kernel for calls of a shape."""
-    row, experts = _row_of(shape), _experts_of(shape)
-    group = shape.group
-    kernel = Kernel(expert_rows.dispatch_experts, row, experts, group, num_warps=_DISPATCH_WARPS)
-    return Prepared(kernel, row, experts)
+def _dispatch_kernel(
+    row: expert_records.ExpertRow, experts: expert_records.Experts, group: Group
+) -> Kernel:
+    return Kernel(expert_rows.dispatch_experts, row, experts, group, num_warps=_DISPATCH_WARPS)
 
 
 class CombineShape(NamedTuple):
-    """What a compiled combine depends on."""
+    """What combines of a kind have in common."""
 
     hidden: int
     num_topk: int
-    num_local: int
-    group: Group
-    is_float: bool
+    num_slots: int
+    num_experts: int
+    use_logfmt: bool
     knows_weights: bool
+    counts_waits: bool
+
+
+class CombinePlan(NamedTuple):
+    """What is worked out once for combines of a kind.
+
+    Attributes:
+        kernel: compiled for them.
+        capacity: what they need of the heap.
+        num_tellers: programs that send weights ahead.
+        num_timers: see `DispatchPlan`.
+    """
+
+    kernel: Kernel
+    capacity: DeviceCapacity
+    num_tellers: int
+    num_timers: int
+
+
+def plan_combine(shape: CombineShape, group: Group, *, partials: torch.dtype) -> CombinePlan:
+    """The plan of combines of a kind.
+
+    Args:
+        shape: their kind.
+        group: the ranks.
+        partials: dtype of the sums that travel back.
+    """
+    partial = partial_sum(shape, group, is_float=partials is torch.float32)
+    capacity = DeviceCapacity(
+        slots=shape.num_slots,
+        back_bytes=partial.stride,
+        topk=shape.num_topk,
+        experts=partial.local,
+    )
+    return CombinePlan(
+        _combine_kernel(partial, group),
+        capacity,
+        partial.tellers,
+        group.size * shape.counts_waits,
+    )
 
 
 @functools.cache
-def combine_kernel(shape: CombineShape) -> tuple[Kernel, expert_sums.Partial]:
-    """The combine kernel for calls of a shape, and its constants."""
-    partial = _partial_of(shape)
-    group = shape.group
-    kernel = Kernel(expert_sums.combine_experts, partial, group, num_warps=_COMBINE_WARPS)
-    return kernel, partial
+def _combine_kernel(partial: expert_sums.Partial, group: Group) -> Kernel:
+    num_warps = _LOG_WARPS if partial.is_log else _COMBINE_WARPS
+    return Kernel(expert_sums.combine_experts, partial, group, num_warps=num_warps)
 
 
-def _row_of(shape: DispatchShape) -> expert_records.ExpertRow:
+def expert_row(shape: DispatchShape, *, use_casts: bool) -> expert_records.ExpertRow:
+    """How rows of dispatches of a kind are made of bytes."""
     form, row = shape.form, shape.form.row(shape.hidden)
     columns = form.block or shape.hidden
     num_blocks = -(-shape.hidden // columns)
@@ -87,7 +186,7 @@ def _row_of(shape: DispatchShape) -> expert_records.ExpertRow:
         rule="" if form.rule is ScaleRule.NONE else form.rule.value,
         element=ELEMENT_CODES[form.element],
         min_amax=form.min_amax,
-        use_casts=shape.use_casts,
+        use_casts=use_casts,
         blocks=next_power_of_two(num_blocks),
         block=next_power_of_two(columns),
         hidden=shape.hidden,
@@ -103,14 +202,15 @@ def _row_of(shape: DispatchShape) -> expert_records.ExpertRow:
     )
 
 
-def _experts_of(shape: DispatchShape) -> expert_records.Experts:
+def _experts_of(shape: DispatchShape, group: Group) -> expert_records.Experts:
+    local = num_local_experts(shape.num_experts, group.size)
     padded = next_power_of_two(max(shape.num_topk, 1))
     return expert_records.Experts(
         num_topk=shape.num_topk,
         padded_topk=padded,
-        local=shape.num_local,
-        padded_local=next_power_of_two(shape.num_local),
-        bins=next_power_of_two(shape.num_local * shape.group.size + 1),
+        local=local,
+        padded_local=next_power_of_two(local),
+        bins=next_power_of_two(shape.num_experts + 1),
         tokens=max(min(_MAX_TILE // padded**2, 128), 1),
         has_weights=shape.has_weights,
         compact=shape.compact,
@@ -119,17 +219,23 @@ def _experts_of(shape: DispatchShape) -> expert_records.Experts:
     )
 
 
-def _partial_of(shape: CombineShape) -> expert_sums.Partial:
+def partial_sum(shape: CombineShape, group: Group, *, is_float: bool) -> expert_sums.Partial:
+    """How sums of combines of a kind travel."""
     hidden, num_topk = shape.hidden, shape.num_topk
+    row = log_row(hidden) if shape.use_logfmt else RowFormat(_PARTIALS[is_float], hidden)
+    ranges_at = align(row.payload_bytes, 16)
     return expert_sums.Partial(
         hidden=hidden,
-        padded=next_power_of_two(hidden),
-        is_float=shape.is_float,
-        stride=align(hidden * (4 if shape.is_float else 2), 16),
+        padded=next_power_of_two(max(hidden, _LOG_BLOCK if shape.use_logfmt else 1)),
+        is_float=is_float,
+        is_log=shape.use_logfmt,
+        ranges_at=ranges_at,
+        stride=align(ranges_at + row.scale_bytes, 16),
         aligned=hidden % 8 == 0,
         num_topk=num_topk,
         padded_topk=next_power_of_two(max(num_topk, 1)),
-        local=shape.num_local,
+        local=num_local_experts(shape.num_experts, group.size),
         tellers=0 if shape.knows_weights else _TELLERS,
         at_once=256,
+        counts_waits=shape.counts_waits,
     )

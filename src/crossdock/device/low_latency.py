@@ -1,40 +1,37 @@
 """Low-latency calls on a device: what the two kernels are launched with.
 
 The same verbs as `crossdock.low_latency`, and the same results. The host neither waits nor looks at
-a value of the device, so all of it can be captured in a graph. What combine needs beyond the handle
-lies behind `src_info` in the same memory, so that it is there wherever the handle's tensors are.
+a value of the device, so all of it can be captured in a graph. What calls of a kind have in common
+is worked out at the first of them.
 
-T tokens here, K top-k, H hidden, R ranks, L local experts, M slots for the tokens of a rank,
-A compact rows.
+T tokens here, K top-k, H hidden, R ranks, L local experts, M slots for the tokens of a rank.
 """
 
 from __future__ import annotations
 
-import math
-from typing import NamedTuple
+import functools
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from crossdock.codec import empty_scales
-from crossdock.config import align
 from crossdock.device.constants import aligned
 from crossdock.device.engine import Engine
 from crossdock.device.expert_kernels import (
+    CombinePlan,
     CombineShape,
+    DispatchPlan,
     DispatchShape,
-    combine_kernel,
-    dispatch_kernel,
+    plan_combine,
+    plan_dispatch,
 )
 from crossdock.device.launch import Launch
-from crossdock.device.memory import DeviceCapacity
+from crossdock.device.slabs import Extras
 from crossdock.device.watch import State
-from crossdock.errors import HandleError, UnsupportedError
+from crossdock.errors import HandleError
 from crossdock.formats import TokenFormat
 from crossdock.handle import LowLatencyHandle
 from crossdock.ops.triton import expert_records, expert_sums
 from crossdock.routing import Selection
-from crossdock.topology import num_local_experts
 from crossdock.transports.header import Operation
 from crossdock.transports.session import Receive
 from crossdock.verbs import Slabs, Stats
@@ -42,50 +39,6 @@ from crossdock.verbs import Slabs, Stats
 __all__ = ["DeviceLowLatency"]
 
 _NUM_ZONES = 2
-
-
-class _Extras(NamedTuple):
-    """What lies behind `src_info` in the same memory: offsets in words of 32 bits.
-
-    Attributes:
-        row_of, weights: [R, M, K]; without weights both are the same.
-        num_sent: [R].
-        num_words: of all.
-    """
-
-    row_of: int
-    weights: int
-    num_sent: int
-    num_words: int
-
-    @classmethod
-    def of(cls, num_rows: int, num_choices: int, num_ranks: int, *, has_weights: bool) -> _Extras:
-        """Behind `num_rows` rows and for R * M * K choices."""
-        row_of = align(num_rows, 4)
-        weights = row_of + num_choices * has_weights
-        num_sent = weights + num_choices
-        return cls(row_of, weights, num_sent, num_sent + num_ranks)
-
-    @classmethod
-    def of_handle(cls, handle: LowLatencyHandle, num_topk: int) -> _Extras:
-        """What lies behind the `src_info` of a handle.
-
-        Raises:
-            HandleError: nothing, since it is a copy, or of calls with another top-k.
-        """
-        num_ranks, words = handle.layout_range.shape[1], handle.src_info
-        num_choices = num_ranks * handle.num_slots * num_topk
-        have = words.untyped_storage().nbytes() // 4
-        for has_weights in (False, True):
-            extras = cls.of(words.numel(), num_choices, num_ranks, has_weights=has_weights)
-            if extras.num_words == have:
-                return extras
-        raise HandleError("the handle is a copy, or topk_idx is not that of its dispatch")
-
-    @property
-    def has_weights(self) -> bool:
-        """Whether weights came with the rows."""
-        return self.weights != self.row_of
 
 
 class DeviceLowLatency:
@@ -102,6 +55,16 @@ class DeviceLowLatency:
         self._num_dispatches = 0
         self._num_combines = 0
         self._buffers = WeakTensorKeyDictionary()
+        self._dispatch_plan = functools.cache(self._plan_dispatch)
+        self._combine_plan = functools.cache(self._plan_combine)
+
+    def _plan_dispatch(self, shape: DispatchShape) -> DispatchPlan:
+        engine = self._engine
+        back_bytes = shape.hidden * self._partials.itemsize
+        return plan_dispatch(shape, engine.group, back_bytes=back_bytes, use_casts=engine.use_casts)
+
+    def _plan_combine(self, shape: CombineShape) -> CombinePlan:
+        return plan_combine(shape, self._engine.group, partials=self._partials)
 
     def dispatch(
         self,
@@ -116,56 +79,46 @@ class DeviceLowLatency:
         hooked: bool,
     ) -> Slabs:
         """See `LowLatency.dispatch`."""
-        engine, num_topk, x = self._engine, selection.topk_idx.shape[1], aligned(x)
-        with engine.session.flight(Operation.LOW_LATENCY_DISPATCH) as attempt:
-            engine.begin()
-            shape = DispatchShape(
+        engine, x = self._engine, aligned(x)
+        idx, weights = selection.topk_idx, selection.topk_weights
+        plan = self._dispatch_plan(
+            DispatchShape(
                 form,
                 x.shape[1],
-                num_topk,
-                num_local_experts(num_experts, engine.num_ranks),
-                engine.group,
-                has_weights=selection.topk_weights is not None,
-                compact=compact,
-                counts_waits=stats.waits is not None,
-                counts_rows=stats.received is not None,
-                use_casts=engine.use_casts,
+                idx.shape[1],
+                num_slots,
+                num_experts,
+                weights is not None,
+                compact,
+                stats.waits is not None,
+                stats.received is not None,
             )
-            kernel, row, experts = dispatch_kernel(shape)
-            back_bytes = align(x.shape[1] * self._partials.itemsize, 16)
-            memory = engine.memory(
-                DeviceCapacity(
-                    slots=num_slots,
-                    row_bytes=row.stride,
-                    back_bytes=back_bytes,
-                    topk=num_topk,
-                    experts=experts.local,
-                )
-            )
+        )
+        with engine.session.flight(Operation.LOW_LATENCY_DISPATCH) as attempt:
+            engine.begin()
+            memory = engine.memory(plan.capacity)
             attempt.entered = True
-            slabs = self._empty_slabs(form, x, num_slots=num_slots, experts=experts)
-            payload, scales, handle = slabs
+            slabs = plan.layout.allocate(x.device)
             zone = self._num_dispatches % _NUM_ZONES
             self._num_dispatches += 1
-            idx, weights = selection.topk_idx, _or(selection.topk_weights, x)
-            call = _dispatch_call(x.shape[0], num_slots, self._engine)
-            address = x.data_ptr()
+            weights = _or(weights, x)
+            call = _dispatch_call(x.shape[0], num_slots, engine)
             launch = Launch(
-                kernel,
+                plan.kernel,
                 (
-                    expert_records.Tokens(address, address, idx.data_ptr(), weights.data_ptr()),
-                    _slabs(slabs, experts, stats),
+                    _tokens(x, idx, weights),
+                    _slabs(slabs, plan, stats),
                     engine.link(memory, attempt.call, State.LOW_LATENCY_DISPATCH + zone),
                     memory.plan.zones[zone],
                     call,
                 ),
                 (slabs, x, idx, weights, stats),
             )
-            receive = launch.run(2 + call.num_senders, 1 + call.num_placers, hooked=hooked)
-        done = engine.session.receive(attempt.call, receive)
-        if not hooked:
-            done()
-        return Slabs(payload, scales, handle, done)
+            receivers = 1 + plan.num_timers + call.num_placers
+            receive = launch.run(2 + call.num_senders, receivers, hooked=hooked)
+        left = engine.session.receive(attempt.call, receive, hooked=hooked)
+        payload, scales, handle = slabs
+        return Slabs(payload, scales, handle, left)
 
     def combine(
         self,
@@ -177,57 +130,48 @@ class DeviceLowLatency:
         out: torch.Tensor,
         stats: Stats,
         hooked: bool,
-    ) -> Receive:
+    ) -> Receive | None:
         """See `LowLatency.combine`."""
-        if use_logfmt:
-            raise UnsupportedError("use_logfmt: not on devices in this version")
-        engine, (num_tokens, num_topk) = self._engine, selection.topk_idx.shape
-        num_slots, x = handle.num_slots, aligned(x)
-        extras = _Extras.of_handle(handle, num_topk)
+        engine, x = self._engine, aligned(x)
+        idx, words = selection.topk_idx, handle.src_info
+        num_tokens, num_topk = idx.shape
+        extras, waits = Extras.of_handle(handle, num_topk), stats.waits
+        plan = self._combine_plan(
+            CombineShape(
+                handle.hidden,
+                num_topk,
+                handle.num_max_dispatch_tokens_per_rank,
+                handle.num_experts,
+                use_logfmt,
+                extras.has_weights,
+                waits is not None,
+            )
+        )
         with engine.session.flight(Operation.LOW_LATENCY_COMBINE) as attempt:
             engine.begin()
-            kernel, partial = combine_kernel(
-                CombineShape(
-                    handle.hidden,
-                    num_topk,
-                    handle.layout_range.shape[0],
-                    engine.group,
-                    is_float=self._partials is torch.float32,
-                    knows_weights=extras.has_weights,
-                )
-            )
-            memory = engine.memory(
-                DeviceCapacity(
-                    slots=num_slots,
-                    back_bytes=partial.stride,
-                    topk=num_topk,
-                    experts=partial.local,
-                )
-            )
+            memory = engine.memory(plan.capacity)
             attempt.entered = True
             zone = self._num_combines % _NUM_ZONES
             self._num_combines += 1
-            call = _combine_call(num_tokens, num_slots, engine)
-            idx, weights, words = selection.topk_idx, selection.topk_weights, handle.src_info
-            weights = _or(weights, x)
+            call = _combine_call(num_tokens, handle.num_max_dispatch_tokens_per_rank, engine)
+            weights, waits = _or(selection.topk_weights, x), _or(waits, x)
             launch = Launch(
-                kernel,
+                plan.kernel,
                 (
-                    expert_sums.Chosen(idx.data_ptr(), weights.data_ptr(), out.data_ptr()),
+                    expert_sums.Chosen(
+                        idx.data_ptr(), weights.data_ptr(), out.data_ptr(), waits.data_ptr()
+                    ),
                     expert_sums.Returned(x.data_ptr(), words.data_ptr(), *extras[:3]),
                     engine.link(memory, attempt.call, State.LOW_LATENCY_COMBINE + zone),
                     memory.plan.returns[zone],
                     call,
                 ),
-                (idx, weights, out, x, words),
+                (idx, weights, out, x, words, waits),
             )
-            receive = launch.run(
-                1 + partial.tellers + call.num_senders, call.num_reducers, hooked=hooked
-            )
-        done = engine.session.receive(attempt.call, receive)
-        if not hooked:
-            done()
-        return done
+            receivers = plan.num_timers + call.num_reducers
+            senders = 1 + plan.num_tellers + call.num_senders
+            receive = launch.run(senders, receivers, hooked=hooked)
+        return engine.session.receive(attempt.call, receive, hooked=hooked)
 
     def combine_buffer(self, handle: LowLatencyHandle, *, make: bool) -> torch.Tensor:
         """See `LowLatency.combine_buffer`."""
@@ -241,45 +185,19 @@ class DeviceLowLatency:
             self._buffers[handle.src_info] = found
         return found
 
-    def _empty_slabs(
-        self, form: TokenFormat, x: torch.Tensor, *, num_slots: int, experts: expert_records.Experts
-    ) -> tuple[torch.Tensor, torch.Tensor | None, LowLatencyHandle]:
-        """Room for what dispatch brings, not initialised."""
-        num_ranks, hidden, device = self._engine.num_ranks, x.shape[1], x.device
-        num_rows = num_ranks * num_slots
-        compact_rows = num_rows * min(experts.num_topk, experts.local)
-        shape = (compact_rows,) if experts.compact else (experts.local, num_rows)
-        extras = _Extras.of(
-            math.prod(shape),
-            num_rows * experts.num_topk,
-            num_ranks,
-            has_weights=experts.has_weights,
-        )
-        words = torch.empty(extras.num_words, dtype=torch.int32, device=device)
-        handle = LowLatencyHandle(
-            words.as_strided(shape, (1,) if experts.compact else (num_rows, 1)),
-            torch.empty((experts.local, num_ranks), dtype=torch.int64, device=device),
-            num_slots,
-            hidden,
-            experts.local * num_ranks,
-            torch.empty(experts.local, dtype=torch.int32, device=device),
-        )
-        payload = torch.empty((*shape, hidden), dtype=form.element, device=device)
-        return payload, empty_scales(form, hidden, shape=shape, device=device), handle
+
+def _tokens(x: torch.Tensor, idx: torch.Tensor, weights: torch.Tensor) -> expert_records.Tokens:
+    address = x.data_ptr()
+    return expert_records.Tokens(address, address, idx.data_ptr(), weights.data_ptr())
 
 
 def _slabs(
     made: tuple[torch.Tensor, torch.Tensor | None, LowLatencyHandle],
-    experts: expert_records.Experts,
+    plan: DispatchPlan,
     stats: Stats,
 ) -> expert_records.Slabs:
     """What the kernel is told of the results."""
     payload, scales, handle = made
-    extras = _Extras.of_handle(handle, experts.num_topk)
-    strides = [0, 0, 0]
-    if scales is not None:
-        given = [*scales.stride(), *([] if scales.dim() == payload.dim() else [0])]
-        strides = [0] * (3 - len(given)) + given
     info = handle.src_info
     return expert_records.Slabs(
         payload.data_ptr(),
@@ -289,8 +207,7 @@ def _slabs(
         handle.packed_recv_count.data_ptr(),
         _or(stats.waits, info).data_ptr(),
         _or(stats.received, info).data_ptr(),
-        *extras[:3],
-        *strides,
+        *plan.numbers,
     )
 
 

@@ -6,7 +6,6 @@ T tokens here, R ranks.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
 from enum import IntEnum
 from types import MappingProxyType
 from typing import NamedTuple
@@ -37,8 +36,7 @@ class Operation(IntEnum):
         return self.name.lower().replace("_", " ")
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """One collective call of a buffer.
 
     Attributes:

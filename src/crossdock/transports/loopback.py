@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -215,7 +214,7 @@ class Loopback:
     def _wait_for_all_to_enter_the_call_before(self, call: Call) -> None:
         """A refusal runs ahead; what is pinned must stay until everybody has read it."""
         if call.sequence > 1:
-            self._collect("route", replace(call, sequence=call.sequence - 1))
+            self._collect("route", call._replace(sequence=call.sequence - 1))
             self._board.take_down(("route", call.sequence - 1), self._rank)
 
     def _exchange(self, phase: str, call: Call, value: Any) -> list[_Pin]:

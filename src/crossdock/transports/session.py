@@ -7,10 +7,10 @@ they raise a reason instead of waiting for a deadline. What the calls do is the 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from types import TracebackType
 from typing import cast
 
 import torch
@@ -146,6 +146,74 @@ class _Flights:
             self._num[operation] -= 1
 
 
+class _Calling:
+    """A call of a session while it is made. Entered on every call, so it is no generator."""
+
+    __slots__ = ("_attempt", "_operation", "_session")
+
+    def __init__(self, session: Session, operation: Operation) -> None:
+        self._session, self._operation = session, operation
+
+    def __enter__(self) -> Attempt:
+        self._attempt = self._session.begin(self._operation)
+        return self._attempt
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._session.end(self._attempt, error)
+
+
+class _Flying(_Calling):
+    """A call of a session that is in flight until it goes wrong or its rows are received."""
+
+    __slots__ = ()
+
+    def __enter__(self) -> Attempt:
+        self._session.take_off(self._operation)
+        try:
+            return super().__enter__()
+        except BaseException:
+            self._session.land(self._operation)
+            raise
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            super().__exit__(kind, error, trace)
+        finally:
+            if error is not None:
+                self._session.land(self._operation)
+
+
+class _Checking:
+    """The time before a call: what goes wrong then leaves through the call, as if in it."""
+
+    __slots__ = ("_operation", "_session")
+
+    def __init__(self, session: Session, operation: Operation) -> None:
+        self._session, self._operation = session, operation
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if isinstance(error, Exception):
+            self._session.end(self._session.begin(self._operation), error)
+
+
 class Session:
     """Takes calls to a transport, in order.
 
@@ -164,66 +232,88 @@ class Session:
         self._flights = _Flights()
         self._failure: TransportError | None = None
 
-    @contextmanager
-    def call(self, operation: Operation) -> Iterator[Attempt]:
+    def call(self, operation: Operation) -> _Calling:
         """Number a call, and let the peers know if it goes wrong here.
+
+        Raises, when it is entered:
+            TransportError: an earlier call made the buffer unusable.
+        """
+        return _Calling(self, operation)
+
+    def begin(self, operation: Operation) -> Attempt:
+        """The next call, which has the buffer for itself until it is over.
 
         Raises:
             TransportError: an earlier call made the buffer unusable.
         """
-        with self._lock:
+        self._lock.acquire()
+        try:
             self.check()
             first = operation not in self._used
             timeout_s = self._timeouts.first_call_s if first else self._timeouts.steady_s
-            self._sequence = self._number(Call(operation, self._sequence + 1, timeout_s))
-            attempt = Attempt(Call(operation, self._sequence, timeout_s), self.transport)
-            try:
-                yield attempt
-            except BaseException as error:
+            call, masks = Call(operation, self._sequence + 1, timeout_s), self.transport.masks
+            if masks is not None:
+                call = call._replace(sequence=masks.catch_up(call))
+            self._sequence = call.sequence
+            return Attempt(call, self.transport)
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def end(self, attempt: Attempt, error: BaseException | None) -> None:
+        """A call is over, or went wrong here."""
+        try:
+            if error is None:
+                self._used.add(attempt.call.operation)
+            else:
                 self._tell(attempt, error)
-                raise
-            self._used.add(operation)
+        finally:
+            self._lock.release()
 
-    def _number(self, call: Call) -> int:
-        """The number of a call, which is the next one unless this rank was away."""
-        masks = self.transport.masks
-        return call.sequence if masks is None else masks.catch_up(call)
+    def flight(self, operation: Operation) -> _Calling:
+        """A call whose receiving half may run later: in flight from its beginning.
 
-    @contextmanager
-    def flight(self, operation: Operation) -> Iterator[Attempt]:
-        """A call whose receiving half runs later: in flight from its beginning.
-
-        Raises:
+        Raises, when it is entered:
             HandleError: too many are in flight already.
             Others: as `call`.
         """
-        with self.checking(operation):
-            self._flights.begin(operation)
+        return _Flying(self, operation)
+
+    def receive(self, call: Call, run: Callable[[], None], *, hooked: bool) -> Receive | None:
+        """The receiving half of a call, after which it is in flight no more.
+
+        Returns:
+            What runs it, if it is to run later; None if it has run.
+        """
+        if hooked:
+            return Receive(partial(self._land, call, run), partial(self.land, call.operation))
         try:
-            with self.call(operation) as attempt:
-                yield attempt
-        except BaseException:
-            self._flights.end(operation)
-            raise
+            self._land(call, run)
+        finally:
+            self.land(call.operation)
+        return None
 
-    def receive(self, call: Call, run: Callable[[], None]) -> Receive:
-        """The receiving half of a call, after which it is in flight no more."""
-
-        def receive() -> None:
-            with self._landing(call):
-                run()
-
-        return Receive(receive, partial(self._flights.end, call.operation))
-
-    @contextmanager
-    def _landing(self, call: Call) -> Iterator[None]:
+    def _land(self, call: Call, run: Callable[[], None]) -> None:
         """Wait for the rows of an earlier call, beside other calls; the peers hear if it fails."""
         self.check()
         try:
-            yield
+            run()
         except BaseException as error:
             self._give_up(call, error)
             raise
+
+    def take_off(self, operation: Operation) -> None:
+        """Count one more call in flight.
+
+        Raises:
+            HandleError: there are as many as there may be.
+        """
+        with self.checking(operation):
+            self._flights.begin(operation)
+
+    def land(self, operation: Operation) -> None:
+        """Count one less."""
+        self._flights.end(operation)
 
     def _give_up(self, call: Call, error: BaseException) -> None:
         told = f"{call} was abandoned: {type(error).__name__}: {error}"
@@ -243,14 +333,9 @@ class Session:
         elif (attempt.open or not attempt.entered) and not isinstance(error, _IN_STEP):
             self._give_up(call, error)
 
-    @contextmanager
-    def checking(self, operation: Operation) -> Iterator[None]:
+    def checking(self, operation: Operation) -> _Checking:
         """Check the arguments of a call before it: the peers hear of an error and need not wait."""
-        try:
-            yield
-        except Exception as error:
-            with self.call(operation):
-                raise error  # noqa: TRY201 - it leaves through the call, which tells the peers
+        return _Checking(self, operation)
 
     def settle_in(self) -> None:
         """All ranks are here: from now on every wait has the steady deadline."""

@@ -32,6 +32,8 @@ from crossdock.ops.triton.sync import (
     raise_flags,
     row_at,
     tagged,
+    time_flags,
+    time_tagged,
     wait_flags,
     wait_for_credit,
     wait_tagged,
@@ -57,7 +59,8 @@ def dispatch_experts(
     G: tl.constexpr,
 ):
     """Send this rank's rows, and place those that come; see the module."""
-    ticket, number = draw_ticket(link, 3 + call.num_senders + call.num_placers)
+    TIMERS: tl.constexpr = G.size if E.counts_waits else 0
+    ticket, number = draw_ticket(link, 3 + TIMERS + call.num_senders + call.num_placers)
     own = heap_of(link, link.rank)
     if ticket == 0:
         enter(link, number, G)
@@ -71,12 +74,15 @@ def dispatch_experts(
             _send(tokens, token, link, zone, call, number, ROW, E, G)
     elif ticket == call.num_senders + 2:
         _lay_out(own, slabs, link, zone, call, number, E, G)
+    elif ticket < call.num_senders + 3 + TIMERS:
+        _time(own, slabs, ticket - call.num_senders - 3, link, zone, call, number, E, G)
     else:
         peer = tl.arange(0, G.padded)
         words = words_at(own + zone.told, 8) + 2 * peer
         num_sent = wait_tagged(words, peer < G.size, peer, number, link, COUNTS, G)
         num_items = G.size * tl.minimum(tl.max(num_sent), call.num_slots)
-        for item in range(ticket - call.num_senders - 3, num_items, call.num_placers):
+        first = ticket - call.num_senders - 3 - TIMERS
+        for item in range(first, num_items, call.num_placers):
             src = (link.rank + item) % G.size
             if item // G.size < tl.sum(tl.where(peer == src, num_sent, 0)):
                 _place(own, slabs, src, item // G.size, link, zone, call, number, ROW, E, G)
@@ -197,6 +203,22 @@ def _lay_out(own, slabs, link, zone, call, number, E: tl.constexpr, G: tl.conste
     words = words_at(own + zone.told, 8) + 2 * src
     num_sent = wait_tagged(words, src < G.size, src, number, link, COUNTS, G)
     tl.store(words_at(slabs.src_info, 4) + slabs.num_sent + src, num_sent, mask=src < G.size)
+
+
+@triton.jit
+def _time(own, slabs, src, link, zone, call, number, E: tl.constexpr, G: tl.constexpr):
+    """Measure how long the rows of a rank are waited for."""
+    told = words_at(own + zone.told, 8) + 2 * src + tl.arange(0, 1)
+    first = tl.arange(0, 1) == 0
+    data, spent = time_tagged(told, first, first * 0 + src, number, link, COUNTS, G)
+    num_sent = tl.max(data)
+    for begin in range(0, tl.minimum(num_sent, call.num_slots), E.tokens):
+        token = begin + tl.arange(0, E.tokens)
+        words = words_at(own + zone.flags, 4) + src * call.num_slots + token
+        ranks = token * 0 + src
+        spent += time_flags(words, token < num_sent, ranks, number, link, ROWS, G, 1)
+    waits = words_at(slabs.waits, 8) + src
+    tl.store(waits, tl.load(waits) + spent)
 
 
 @triton.jit

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from crossdock.ops.triton.quantize import round_sum
+from crossdock.ops.triton.quantize import load_log, load_ranges, round_sum, store_log
 from crossdock.ops.triton.sync import (
     Address,
     draw_ticket,
@@ -31,6 +31,7 @@ from crossdock.ops.triton.sync import (
     raise_flags,
     row_at,
     tagged,
+    time_flags,
     wait_flags,
     wait_for_credit,
     wait_tagged,
@@ -49,18 +50,22 @@ class Partial(NamedTuple):
 
     Attributes:
         hidden, padded: H, and the next power of two.
-        is_float: float32, otherwise bf16.
+        is_float: sums are rounded to float32, otherwise to bf16.
+        is_log, ranges_at: whether they travel in the logarithmic format, and where ranges begin.
         stride: bytes from row to row.
         aligned: whether rows of x begin on 16-byte bounds.
         num_topk, padded_topk: K.
         local: L.
         tellers: programs that send weights ahead; 0 where dispatch was given them.
         at_once: weights that one sends at a time, a power of two.
+        counts_waits: whether programs measure how long each rank is waited for.
     """
 
     hidden: int
     padded: int
     is_float: bool
+    is_log: bool
+    ranges_at: int
     stride: int
     aligned: bool
     num_topk: int
@@ -68,14 +73,19 @@ class Partial(NamedTuple):
     local: int
     tellers: int
     at_once: int
+    counts_waits: bool
 
 
 class Chosen(NamedTuple):
-    """This rank's tokens: topk_idx and weights [T, K], and where the result goes [T, H] bf16."""
+    """This rank's tokens: topk_idx and weights [T, K], and where the result goes [T, H] bf16.
+
+    Also [R] int64, to which the time that each rank is waited for is added.
+    """
 
     topk_idx: Address
     topk_weights: Address
     out: Address
+    waits: Address
 
 
 class Returned(NamedTuple):
@@ -115,7 +125,8 @@ class ReturnCall(NamedTuple):
 def combine_experts(chosen, returned, link, zone, call, P: tl.constexpr, G: tl.constexpr):
     """Send the sums of this rank's experts, and add up those that come; see the module."""
     TELLERS: tl.constexpr = 1 + P.tellers
-    ticket, number = draw_ticket(link, TELLERS + call.num_senders + call.num_reducers)
+    TIMERS: tl.constexpr = G.size if P.counts_waits else 0
+    ticket, number = draw_ticket(link, TELLERS + call.num_senders + TIMERS + call.num_reducers)
     own = heap_of(link, link.rank)
     if ticket == 0:
         enter(link, number, G)
@@ -132,8 +143,10 @@ def combine_experts(chosen, returned, link, zone, call, P: tl.constexpr, G: tl.c
             src = (link.rank + 1 + item) % G.size
             if item // G.size < tl.sum(tl.where(peer == src, num_sent, 0)):
                 _send_sum(own, returned, src, item // G.size, link, zone, call, number, P, G)
+    elif ticket < TELLERS + call.num_senders + TIMERS:
+        _time(own, chosen, ticket - TELLERS - call.num_senders, link, zone, call, number, P, G)
     else:
-        first = ticket - TELLERS - call.num_senders
+        first = ticket - TELLERS - call.num_senders - TIMERS
         for token in range(first, call.num_tokens, call.num_reducers):
             _reduce(own, chosen, token, link, zone, call, number, P, G)
 
@@ -211,14 +224,57 @@ def _send_sum(
             total += other * tl.sum(tl.where(second, weights, 0.0))
         begin = tl.cast(link.rank * call.num_slots + token, tl.int64) * P.stride
         base = heap_of(link, src)
-        to = base + zone.landing + begin
-        if P.is_float:
-            tl.store(row_at(to, tl.float32) + lane, total, mask=lane < P.hidden)
-        else:
-            partial = round_sum(total, tl.bfloat16, G.is_compiled)
-            tl.store(row_at(to, tl.bfloat16) + lane, partial, mask=lane < P.hidden)
+        _store_sum(base + zone.landing + begin, total, P, G)
         flag = words_at(base + zone.flags, 4) + link.rank * call.num_slots + token
         raise_flags(flag, None, number)
+
+
+@triton.jit
+def _store_sum(to, total, P: tl.constexpr, G: tl.constexpr):
+    """Write a sum where it travels from."""
+    lane = tl.arange(0, P.padded)
+    if not P.is_float:
+        total = round_sum(total, tl.bfloat16, G.is_compiled)
+    if P.is_log:
+        values = tl.reshape(total.to(tl.float32), [P.padded // 64, 64])
+        store_log(row_at(to, tl.uint8), row_at(to + P.ranges_at, tl.float32), values, P.hidden)
+    else:
+        row = row_at(to, tl.float32 if P.is_float else tl.bfloat16)
+        tl.store(row + lane, total, mask=lane < P.hidden)
+
+
+@triton.jit
+def _load_sum(at, here, P: tl.constexpr):
+    """A sum that has come, zeros if it is not here: [H] float32."""
+    lane = tl.arange(0, P.padded)
+    if P.is_log:
+        block, column = tl.arange(0, P.padded // 64), tl.reshape(lane, [P.padded // 64, 64])
+        column = tl.where(here, column, P.hidden)
+        top, step = load_ranges(row_at(at + P.ranges_at, tl.float32), block, P.hidden)
+        packed = row_at(at, tl.uint8)
+        values = load_log(packed, column, top[:, None], step[:, None], P.hidden)
+        total = tl.reshape(tl.where(here, values, 0.0), [P.padded])
+    else:
+        row = row_at(at, tl.float32 if P.is_float else tl.bfloat16)
+        total = tl.load(row + lane, mask=(lane < P.hidden) & here, other=0.0).to(tl.float32)
+    return total
+
+
+@triton.jit
+def _time(own, chosen, src, link, zone, call, number, P: tl.constexpr, G: tl.constexpr):
+    """Measure how long the rows of a rank are waited for."""
+    slot, spent = tl.arange(0, P.padded_topk), tl.cast(0, tl.int64)
+    SIZE: tl.constexpr = P.at_once // P.padded_topk
+    for begin in range(0, call.num_tokens, SIZE):
+        token = begin + tl.arange(0, SIZE)
+        real = (token < call.num_tokens)[:, None] & (slot < P.num_topk)[None, :]
+        words = words_at(chosen.topk_idx, 8) + token[:, None] * P.num_topk + slot[None, :]
+        ids = tl.load(words, mask=real, other=-1).to(tl.int32)
+        wanted = tl.max(((ids >= 0) & (ids // P.local == src)).to(tl.int32), 1) > 0
+        words = words_at(own + zone.flags, 4) + src * call.num_slots + token
+        spent += time_flags(words, wanted, token * 0 + src, number, link, SUMS, G, 0)
+    waits = words_at(chosen.waits, 8) + src
+    tl.store(waits, tl.load(waits) + spent)
 
 
 @triton.jit
@@ -237,13 +293,7 @@ def _reduce(own, chosen, token, link, zone, call, number, P: tl.constexpr, G: tl
     for r in tl.static_range(SIZE):
         here = tl.max(tl.where((peer == r) & is_there, flags, 0)) == number
         begin = tl.cast(r * call.num_slots + token, tl.int64) * P.stride
-        begin += own + zone.landing
-        wanted = (lane < P.hidden) & here
-        if P.is_float:
-            total += tl.load(row_at(begin, tl.float32) + lane, mask=wanted, other=0.0)
-        else:
-            row = row_at(begin, tl.bfloat16)
-            total += tl.load(row + lane, mask=wanted, other=0.0).to(tl.float32)
+        total += _load_sum(own + zone.landing + begin, here, P)
     to = chosen.out + tl.cast(token, tl.int64) * (2 * P.hidden)
     rounded = round_sum(total, tl.bfloat16, G.is_compiled)
     tl.store(_row_at(to, P) + lane, rounded, mask=lane < P.hidden)

@@ -34,6 +34,8 @@ __all__ = [
     "raise_flags",
     "row_at",
     "tagged",
+    "time_flags",
+    "time_tagged",
     "wait_flags",
     "wait_for_credit",
     "wait_tagged",
@@ -190,8 +192,9 @@ def _wait(
     TAGGED: tl.constexpr,
     SHIFT: tl.constexpr,
 ):
-    """What the words hold once all wanted ones have come; 0 where one has not."""
+    """What the words hold once all wanted ones have come, 0 where one has not; and how long."""
     seen = _look(words, wanted, TAGGED)
+    spent = tl.cast(0, tl.int64)
     late = wanted & _is_late(seen, number, TAGGED, SHIFT)
     if tl.max(late.to(tl.int32)) > 0:
         watch = words_at(heap_of(link, link.rank), 8)
@@ -217,8 +220,9 @@ def _wait(
         if failed != 0:
             tl.store(words_at(tl.load(watch + REPORT), 8) + G.size, failed)
         seen = tl.where(wanted & _is_late(seen, number, TAGGED, SHIFT), 0, seen)
+        spent = ((_now(polls, G) - begin) // TICK).to(tl.int64)
     tl.debug_barrier()
-    return seen
+    return seen, spent
 
 
 @triton.jit
@@ -249,8 +253,15 @@ def wait_tagged(words, wanted, ranks, number, link, phase, G: tl.constexpr):
     Returns:
         int32, 0 where nothing was wanted or a rank did not come.
     """
-    seen = _wait(words, wanted, ranks, number, link, phase, G, True, 0)
-    return (seen >> 32).to(tl.int32)
+    data, _ = time_tagged(words, wanted, ranks, number, link, phase, G)
+    return data
+
+
+@triton.jit
+def time_tagged(words, wanted, ranks, number, link, phase, G: tl.constexpr):
+    """The same, and how long it took: see `time_flags`."""
+    seen, spent = _wait(words, wanted, ranks, number, link, phase, G, True, 0)
+    return (seen >> 32).to(tl.int32), spent
 
 
 @triton.jit
@@ -259,7 +270,15 @@ def wait_flags(words, wanted, ranks, number, link, phase, G: tl.constexpr, SHIFT
 
     Rows that a flag covers may be read after it.
     """
-    return _wait(words, wanted, ranks, number, link, phase, G, False, SHIFT)
+    seen, _ = _wait(words, wanted, ranks, number, link, phase, G, False, SHIFT)
+    return seen
+
+
+@triton.jit
+def time_flags(words, wanted, ranks, number, link, phase, G: tl.constexpr, SHIFT: tl.constexpr):
+    """How long flags were waited for, in microseconds (int64); in the interpreter in polls."""
+    _, spent = _wait(words, wanted, ranks, number, link, phase, G, False, SHIFT)
+    return spent
 
 
 @triton.jit
