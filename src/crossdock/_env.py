@@ -17,6 +17,7 @@ __all__ = [
     "debug",
     "first_call_timeout_s",
     "interprets_kernels",
+    "marks_launches",
     "timeout_s",
     "transport",
 ]
@@ -32,12 +33,21 @@ class Variable(NamedTuple):
 
 VARIABLES = (
     Variable(
-        "CROSSDOCK_DEBUG", "0", "1: check that is_token_in_rank, and combine, agree with topk_idx"
+        "CROSSDOCK_DEBUG",
+        "0",
+        "1: check that is_token_in_rank, and combine, agree with topk_idx; on a device "
+        "Buffer.check() looks whether something was written beyond its place",
     ),
     Variable(
         "CROSSDOCK_FIRST_CALL_TIMEOUT_S",
         "600",
         "seconds a rank waits in the first call of each operation of a buffer; 0: for ever",
+    ),
+    Variable(
+        "CROSSDOCK_NVTX",
+        "0",
+        "1: an NVTX range around every launch of a kernel, with its name, and whether it sends or "
+        "receives where a hook parts the two",
     ),
     Variable(
         "CROSSDOCK_TIMEOUT_S",
@@ -70,6 +80,11 @@ def _seconds(name: str) -> float:
 def debug() -> bool:
     """Whether expensive consistency checks are on."""
     return _read("CROSSDOCK_DEBUG") not in ("", "0")
+
+
+def marks_launches() -> bool:
+    """Whether every launch of a kernel is an NVTX range."""
+    return _read("CROSSDOCK_NVTX") not in ("", "0")
 
 
 def timeout_s() -> float:

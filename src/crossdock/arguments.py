@@ -24,9 +24,9 @@ from crossdock.transports.session import Timeouts
 __all__ = [
     "BufferArguments",
     "DispatchArguments",
-    "add_waits",
     "checked_bias",
     "checked_wait_stats",
+    "flat_rows",
 ]
 
 _COMBINED = (torch.bfloat16, torch.float16, torch.float32)
@@ -68,6 +68,13 @@ class DispatchArguments:
             _check_presence(self.topk_idx, in_rank, experts_here)
         weights = None if self.topk_weights is None else self.topk_weights.detach()
         return RoutingShare(in_rank, per_expert, self.topk_idx, weights)
+
+    def check_slots(self, num_slots: int) -> None:
+        """Raise `ShapeError` if this rank's tokens are more than each rank may have."""
+        num_tokens = 0 if self.is_token_in_rank is None else self.is_token_in_rank.shape[0]
+        if num_slots < max(num_tokens, 1):
+            expected = f"at least {max(num_tokens, 1)}, the number of tokens"
+            raise ShapeError("num_max_tokens_per_rank", got=num_slots, expected=expected)
 
     def _check_numbers(self) -> None:
         if self.expert_alignment < 1:
@@ -128,25 +135,39 @@ def checked_bias(
     return [term.detach() for term in terms]
 
 
+def flat_rows(
+    x: torch.Tensor, topk_weights: torch.Tensor | None, handle: Handle
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Rows to combine, one after another, and their weights: those of views lie in [R, M] slots.
+
+    Raises:
+        ShapeError: they do not lie as those of the dispatch.
+    """
+    slots = tuple(handle.recv_src_idx.shape)
+    if len(slots) == 1:
+        return x, topk_weights
+    for name, rows in (("x", x), ("topk_weights", topk_weights)):
+        if rows is not None and (rows.dim() != 3 or tuple(rows.shape[:2]) != slots):
+            raise ShapeError(name, got=list(rows.shape), expected=f"[{slots[0]}, {slots[1]}, any]")
+    return x.flatten(0, 1), None if topk_weights is None else topk_weights.flatten(0, 1)
+
+
 def checked_wait_stats(
     name: str, stats: torch.Tensor | None, *, rank: int, num_ranks: int
 ) -> torch.Tensor | None:
     """Where the waits of this rank are counted: all of [R], or its row of [R, R].
 
     Raises:
-        ShapeError: not int64, or of another shape.
+        ShapeError: not int64, of another shape, or not contiguous.
     """
     if stats is None:
         return None
     shape = (num_ranks,) if stats.dim() == 1 else (num_ranks, num_ranks)
     check_tensor(name, stats, dtype=torch.int64, shape=shape)
-    return stats if stats.dim() == 1 else stats[rank]
-
-
-def add_waits(stats: torch.Tensor | None, waited_us: Sequence[int]) -> None:
-    """Add what this rank waited for each source, in microseconds, where it is counted."""
-    if stats is not None:
-        stats += torch.tensor(list(waited_us), dtype=torch.int64, device=stats.device)
+    waits = stats if stats.dim() == 1 else stats[rank]
+    if not waits.is_contiguous():
+        raise ShapeError(name, got=f"strides {stats.stride()}", expected="contiguous")
+    return waits
 
 
 @dataclass(frozen=True, kw_only=True)

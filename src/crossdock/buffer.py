@@ -18,18 +18,19 @@ from crossdock import _env
 from crossdock.arguments import (
     BufferArguments,
     DispatchArguments,
-    add_waits,
     checked_bias,
+    flat_rows,
 )
 from crossdock.codec import AnyTokens, Tokens
 from crossdock.config import Config
 from crossdock.decoding import DecodingCalls
 from crossdock.errors import (
     ConfigError,
+    HandleError,
     ShapeError,
     UnsupportedError,
 )
-from crossdock.events import AnyEvent, EventHandle, EventOverlap, Turn
+from crossdock.events import AnyEvent, EventHandle, EventOverlap
 from crossdock.exchange import Exchange
 from crossdock.formats import RowFormat, TokenFormat
 from crossdock.handle import Handle
@@ -42,7 +43,7 @@ from crossdock.transports import Limits, select
 from crossdock.transports.header import Operation
 from crossdock.transports.session import Session
 from crossdock.transports.symmetric import Symmetric
-from crossdock.verbs import Dispatched, ExchangeCalls, LowLatencyCalls
+from crossdock.verbs import Dispatched, ExchangeCalls, LowLatencyCalls, Stats, Views
 
 __all__ = ["Buffer", "topk_idx_t"]
 
@@ -271,13 +272,14 @@ class Buffer(DecodingCalls):
             if handle is not None:
                 with self._session.checking(Operation.CACHED_DISPATCH):
                     named = Handle.of(handle, num_ranks=self.group_size)
+                    if named.recv_src_idx.dim() != 1:
+                        raise HandleError("the handle is one of views, which are not sent again")
                     waits = self._waits(
                         "dispatch_wait_recv_cost_stats", dispatch_wait_recv_cost_stats
                     )
-                again = self._exchange.dispatch_again(x, named, num_sms=num_sms)
-                add_waits(waits, again.waited_us)
-                event = turn.event(*_parts(x), *_parts(again.tokens), *named)
-                return again.tokens, None, None, None, None, event
+                again = self._exchange.dispatch_again(x, named, num_sms=num_sms, stats=Stats(waits))
+                event = turn.event(*_parts(x), *_parts(again), *named, waits)
+                return again, None, None, None, None, event
             given = DispatchArguments(
                 is_token_in_rank,
                 num_tokens_per_expert,
@@ -295,12 +297,71 @@ class Buffer(DecodingCalls):
                 alignment=expert_alignment,
                 num_worst_tokens=num_worst_tokens,
                 num_sms=num_sms,
+                stats=Stats(waits),
             )
-            add_waits(waits, done.waited_us)
             made = (*_parts(done.tokens), done.topk_idx, done.topk_weights, *done.handle)
-            event = turn.event(*_parts(x), topk_idx, topk_weights, num_tokens_per_expert, *made)
+            given_too = (topk_idx, topk_weights, num_tokens_per_expert, waits)
+            event = turn.event(*_parts(x), *given_too, *made)
         per_expert = done.num_tokens_per_expert
         return done.tokens, done.topk_idx, done.topk_weights, per_expert, done.handle, event
+
+    def dispatch_views(
+        self,
+        x: AnyTokens,
+        num_max_tokens_per_rank: int,
+        *,
+        is_token_in_rank: torch.Tensor,
+        num_tokens_per_expert: torch.Tensor,
+        topk_idx: torch.Tensor | None = None,
+        topk_weights: torch.Tensor | None = None,
+        config: Config | None = None,
+        previous_event: AnyEvent = None,
+        async_finish: bool = False,
+        dispatch_wait_recv_cost_stats: torch.Tensor | None = None,
+    ) -> tuple[Views, EventOverlap]:
+        """Send every token as `dispatch` does, and get the rows where they land, not a copy.
+
+        Shapes are the same in every call, and the host looks at no value of the device.
+
+        Args:
+            x: as for `dispatch`.
+            num_max_tokens_per_rank: M, at least T; the same on all ranks.
+            is_token_in_rank: [T, R] bool.
+            num_tokens_per_expert: [E] int32.
+            topk_idx: [T, K] int64, -1 for none; optional.
+            topk_weights: [T, K] float32; optional, only with `topk_idx`.
+            config: as for `dispatch`.
+            previous_event: what to wait for first.
+            async_finish: return an event instead of waiting.
+            dispatch_wait_recv_cost_stats: as for `dispatch`.
+
+        Returns:
+            `(views, event)`: the rows of source `s` are `views.tokens[s, :views.num_rows[s]]`. What
+            experts make of them goes to `combine` as [R, M, H], with `views.handle`.
+
+        Collective: as `dispatch`. Sync: does not wait for a device.
+        Lifetime: `views.tokens` until this rank's next dispatch that is not a low-latency one, on
+        devices in the order of the stream; the rest is the caller's. Where rows are moved by the
+        host, all of it is the caller's.
+
+        Raises: as `dispatch`; ShapeError if T is above M.
+        """
+        num_sms = self._config(config, "get_dispatch_config").num_sms
+        with self._turn(previous_event, async_finish) as turn:
+            given = DispatchArguments(
+                is_token_in_rank, num_tokens_per_expert, topk_idx, topk_weights, 1, 0
+            )
+            with self._session.checking(Operation.DISPATCH):
+                routing = given.checked(x, num_ranks=self.group_size)
+                given.check_slots(num_max_tokens_per_rank)
+                waits = self._waits("dispatch_wait_recv_cost_stats", dispatch_wait_recv_cost_stats)
+            done: Views = self._exchange.dispatch_views(
+                x, routing, num_slots=num_max_tokens_per_rank, num_sms=num_sms, stats=Stats(waits)
+            )
+            made = (done.topk_idx, done.topk_weights, *done.handle)
+            given_too = (topk_idx, topk_weights, num_tokens_per_expert, waits)
+            event = turn.event(*_parts(x), *given_too, *made)
+        return done, event
 
     def combine(
         self,
@@ -318,10 +379,10 @@ class Buffer(DecodingCalls):
         """Bring the rows back to their tokens and sum them over the ranks, unweighted.
 
         Args:
-            x: [N, H] bf16, fp16 or fp32, in the order of `recv_x`.
+            x: [N, H] bf16, fp16 or fp32, in the order of `recv_x`; of views [R, M, H].
             handle: of the dispatch, also as a plain tuple of its tensors.
             topk_weights: [N, K] float32, summed over the ranks per slot (they are gradients); or
-                None.
+                None. Of views [R, M, K].
             bias: one or two [T, H] tensors of x's dtype, added before the one rounding.
             config: knobs; None for `Buffer.get_combine_config`.
             previous_event: what to wait for first.
@@ -342,13 +403,18 @@ class Buffer(DecodingCalls):
         with self._turn(previous_event, async_finish) as turn:
             with self._session.checking(Operation.COMBINE):
                 named = Handle.of(handle, num_ranks=self.group_size)
+                x, topk_weights = flat_rows(x, topk_weights, named)
                 terms = checked_bias(x, named, topk_weights=topk_weights, bias=bias)
                 waits = self._waits("combine_wait_recv_cost_stats", combine_wait_recv_cost_stats)
             done = self._exchange.combine(
-                x, named, topk_weights=topk_weights, bias=terms, num_sms=num_sms
+                x,
+                named,
+                topk_weights=topk_weights,
+                bias=terms,
+                num_sms=num_sms,
+                stats=Stats(waits),
             )
-            add_waits(waits, done.waited_us)
-            event = turn.event(x, topk_weights, *terms, done.rows, done.topk_weights, *named)
+            event = turn.event(x, topk_weights, waits, *terms, *done, *named)
         return done.rows, done.topk_weights, event
 
     def warmup(self, num_tokens: int, hidden: int, dtype: torch.dtype = torch.bfloat16) -> None:
@@ -436,9 +502,6 @@ class Buffer(DecodingCalls):
         if self._stream is None:
             raise UnsupportedError(f"the {self.transport} transport has no communication stream")
         return self._stream
-
-    def _turn(self, previous_event: AnyEvent, async_finish: bool) -> Turn:
-        return Turn(self._stream, previous_event, async_finish=async_finish)
 
     @staticmethod
     def capture() -> EventOverlap:

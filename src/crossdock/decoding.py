@@ -16,7 +16,7 @@ import torch
 from crossdock.arguments import checked_wait_stats
 from crossdock.config import low_latency_size_hint
 from crossdock.errors import ConfigError, ShapeError
-from crossdock.events import EventOverlap, Turn
+from crossdock.events import AnyEvent, EventOverlap, Turn
 from crossdock.handle import LowLatencyHandle
 from crossdock.low_latency_arguments import (
     CombineArguments,
@@ -32,7 +32,7 @@ from crossdock.topology import num_local_experts
 from crossdock.transports.base import Masks
 from crossdock.transports.header import Operation
 from crossdock.transports.session import Session
-from crossdock.verbs import LowLatencyCalls, Stats
+from crossdock.verbs import ExchangeCalls, LowLatencyCalls, Stats
 
 __all__ = ["DecodingCalls"]
 
@@ -47,6 +47,7 @@ class DecodingCalls:
     group_size: int
     transport: str
     _session: Session
+    _exchange: ExchangeCalls
     _low_latency: LowLatencyCalls
     _options: LowLatencyOptions
     _stream: torch.cuda.Stream | None
@@ -155,7 +156,7 @@ class DecodingCalls:
             )
             selection = selected(topk_idx, topk_weights, num_experts)
             waits = self._waits("dispatch_wait_recv_cost_stats", dispatch_wait_recv_cost_stats)
-        with Turn(self._stream, None, async_finish=async_finish) as turn:
+        with self._turn(None, async_finish) as turn:
             done = self._low_latency.dispatch(
                 x.detach().contiguous(),
                 selection,
@@ -240,7 +241,7 @@ class DecodingCalls:
             check_row_count(x, named)
             selection = selected(topk_idx, topk_weights, named.num_experts)
             waits = self._waits("combine_wait_recv_cost_stats", combine_wait_recv_cost_stats)
-        with Turn(self._stream, None, async_finish=async_finish) as turn:
+        with self._turn(None, async_finish) as turn:
             receive = self._low_latency.combine(
                 x,
                 selection,
@@ -331,6 +332,14 @@ class DecodingCalls:
         masks = self._masks()
         for rank in sorted(masks.masked() | {self.rank}):
             masks.unmask(rank)
+
+    def _turn(self, previous_event: AnyEvent, async_finish: bool) -> Turn:
+        return Turn(
+            self._stream,
+            previous_event,
+            async_finish=async_finish,
+            check=self._exchange.check,
+        )
 
     def _masks(self) -> Masks:
         masks = self._session.transport.masks

@@ -41,6 +41,7 @@ class EventOverlap:
     Args:
         event: the point to wait for, or None when the operation was synchronous.
         extra_tensors: tensors kept alive as long as this object is.
+        check: raises what is known to have gone wrong; called at every wait.
 
     Used as a context manager it waits on leaving, so that the body overlaps with the operation.
     Lifetime: holds `extra_tensors` until it is waited for or released.
@@ -50,17 +51,27 @@ class EventOverlap:
         self,
         event: EventHandle | None = None,
         extra_tensors: Sequence[torch.Tensor] | None = None,
+        *,
+        check: Callable[[], None] | None = None,
     ) -> None:
         self.event = event
+        self._check = check
         self.extra_tensors = None if extra_tensors is None else tuple(extra_tensors)
         self._hooks: list[Callable[[], None]] = []
 
     def current_stream_wait(self, release_handle: bool = False) -> None:
         """Make the current stream wait for the operation; nothing to do when it was synchronous.
 
+        The host does not wait: it raises what kernels have reported by now.
+
         Args:
             release_handle: also drop the event and the tensors it kept alive.
+
+        Raises:
+            PeerTimeoutError: the operation, or an earlier one, ended without some ranks.
         """
+        if self._check is not None:
+            self._check()
         if self.event is not None:
             self.event.current_stream_wait()
         hooks, self._hooks = self._hooks, []
@@ -104,11 +115,18 @@ class Turn:
         stream: the stream of its own; None where rows are moved by the host.
         previous: what to wait for first.
         async_finish: whether the caller will wait for the operation.
+        check: raises what is known to have gone wrong.
     """
 
     def __init__(
-        self, stream: torch.cuda.Stream | None, previous: AnyEvent, *, async_finish: bool
+        self,
+        stream: torch.cuda.Stream | None,
+        previous: AnyEvent,
+        *,
+        async_finish: bool,
+        check: Callable[[], None] | None = None,
     ) -> None:
+        self._check = check
         self._previous = previous
         self._async = async_finish
         self._stream = stream if async_finish else None
@@ -147,7 +165,7 @@ class Turn:
             for tensor in kept:
                 tensor.record_stream(self._stream)
                 tensor.record_stream(self._caller)
-        return EventOverlap(EventHandle(), kept)
+        return EventOverlap(EventHandle(), kept, check=self._check)
 
 
 def wait_for(previous: AnyEvent) -> None:

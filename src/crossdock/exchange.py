@@ -28,7 +28,7 @@ from crossdock.topology import Topology, num_local_experts
 from crossdock.transports.base import Routed, Shipment
 from crossdock.transports.header import Header, Operation
 from crossdock.transports.session import Attempt, Session
-from crossdock.verbs import Combined, Dispatched, DispatchedAgain
+from crossdock.verbs import Combined, Dispatched, Stats, Views
 
 __all__ = ["Exchange"]
 
@@ -60,7 +60,8 @@ class Exchange:
         *,
         alignment: int,
         num_worst_tokens: int,
-        num_sms: int = 0,
+        num_sms: int,
+        stats: Stats,
     ) -> Dispatched[AnyTokens]:
         """Send every token to the ranks that want it.
 
@@ -70,6 +71,7 @@ class Exchange:
             alignment: multiple to which the counts per expert are rounded up.
             num_worst_tokens: rows of the result, whatever arrives; 0 for exactly what arrives.
             num_sms: concerns devices.
+            stats: where waits are added.
 
         Collective: all ranks, in the same order as all other calls of the buffer.
         Sync: returns when all rows have arrived.
@@ -90,6 +92,7 @@ class Exchange:
             counts = layouts.counts_of_prefix(layout.rank_prefix_matrix)
             sends = layouts.send_tokens(routing.is_token_in_rank)
             landed = attempt.move(Shipment(planes, sends, counts), keep=not num_worst_tokens)
+            stats.add(landed.waited_after(routed))
             rows = landed.packed
             if num_worst_tokens:
                 rows = [ops.place(plane, num_worst_tokens) for plane in rows]
@@ -106,18 +109,18 @@ class Exchange:
                 mine.topk_weights,
                 [] if num_worst_tokens else per_expert,
                 self._handle(layout, routing.is_token_in_rank, num_rows=num_rows),
-                landed.waited_after(routed),
             )
 
     def dispatch_again(
-        self, x: AnyTokens, handle: Handle, *, num_sms: int = 0
-    ) -> DispatchedAgain[AnyTokens]:
+        self, x: AnyTokens, handle: Handle, *, num_sms: int, stats: Stats
+    ) -> AnyTokens:
         """Send other rows the way an earlier dispatch went; routing is not exchanged again.
 
         Args:
             x: [T, H] rows, or rows and scales; T as in the earlier dispatch.
             handle: of that dispatch.
             num_sms: concerns devices.
+            stats: where waits are added.
 
         Collective, Sync, Lifetime: as `dispatch`.
 
@@ -132,10 +135,44 @@ class Exchange:
             exact = sum(row[self._rank] for row in counts) == handle.num_recv_rows
             sends = layouts.send_tokens(handle.is_token_in_rank)
             landed = attempt.move(Shipment(planes, sends, counts), keep=exact)
+            stats.add(landed.waited_after(routed))
             rows = landed.packed
             if not exact:
                 rows = [ops.place(plane, handle.num_recv_rows) for plane in rows]
-            return DispatchedAgain(join(rows, x), landed.waited_after(routed))
+            return join(rows, x)
+
+    def dispatch_views(
+        self, x: AnyTokens, routing: RoutingShare, *, num_slots: int, num_sms: int, stats: Stats
+    ) -> Views:
+        """Send every token to the ranks that want it, into as many slots for each source.
+
+        Args:
+            x: [T, H] rows, or rows and scales.
+            routing: where they go.
+            num_slots: M, not below any rank's T.
+            num_sms: concerns devices.
+            stats: where waits are added.
+
+        Collective, Sync: as `dispatch`. Lifetime: here the result is the caller's.
+
+        Raises: as `dispatch`.
+        """
+        done = self.dispatch(
+            x, routing, alignment=1, num_worst_tokens=0, num_sms=num_sms, stats=stats
+        )
+        num_rows = done.handle.recv_channel_prefix_matrix[:, 0]
+        slots = _slots_of(num_rows, num_slots)
+        size = (self._num_ranks, num_slots)
+        planes = [_spread(plane, slots, size) for plane in split(done.tokens)]
+        idx, weights = done.topk_idx, done.topk_weights
+        src_idx = _spread(done.handle.recv_src_idx, slots, size)
+        return Views(
+            join(planes, x),
+            None if idx is None else _spread(idx, slots, size, fill=-1),
+            None if weights is None else _spread(weights, slots, size),
+            num_rows,
+            done.handle._replace(recv_src_idx=src_idx),
+        )
 
     def combine(
         self,
@@ -144,7 +181,8 @@ class Exchange:
         *,
         topk_weights: torch.Tensor | None = None,
         bias: Sequence[torch.Tensor] = (),
-        num_sms: int = 0,
+        num_sms: int,
+        stats: Stats,
     ) -> Combined:
         """Bring one row per (token, rank) back and sum them: float32, in rank order, rounded once.
 
@@ -154,12 +192,19 @@ class Exchange:
             topk_weights: [N, K] float32 to be summed alike; or None.
             bias: [T, H] tensors to add before rounding.
             num_sms: concerns devices.
+            stats: where waits are added.
 
         Collective, Sync, Lifetime: as `dispatch`.
 
         Raises:
             HandleError: the handle does not fit `x`, or belongs to another rank.
         """
+        if handle.recv_src_idx.dim() == 2:
+            num_rows = handle.recv_channel_prefix_matrix[:, 0]
+            slots = _slots_of(num_rows, handle.recv_src_idx.shape[1])
+            handle = handle._replace(recv_src_idx=handle.recv_src_idx.flatten()[slots])
+            x = x[slots]
+            topk_weights = None if topk_weights is None else topk_weights[slots]
         with self._session.call(Operation.COMBINE) as attempt:
             planes = self._planes(x if topk_weights is None else (x, topk_weights))
             counts = self._checked_counts(handle, handle.num_tokens)
@@ -174,14 +219,14 @@ class Exchange:
             sends = layouts.consecutive([row[self._rank] for row in kept])
             shipment = Shipment(planes, sends, layouts.transpose(kept))
             landed = attempt.move(shipment, keep=False)
+            stats.add(landed.waited_after(routed))
             rows = landed.packed
             plan = layouts.reduce_plan(handle.send_head, kept[self._rank])
             sums = [
                 ops.reduce(plane, plan.row_splits, plan.slots, bias=terms)
                 for plane, terms in zip(rows, (bias, ()), strict=False)
             ]
-            weights = sums[1] if len(sums) > 1 else None
-            return Combined(sums[0], weights, landed.waited_after(routed))
+            return Combined(sums[0], sums[1] if len(sums) > 1 else None)
 
     def warmup(self, form: RowFormat, num_tokens: int) -> None:
         """Make room for calls of this size, and wait until all ranks are here.
@@ -240,6 +285,24 @@ class Exchange:
         if counts[self._rank] != sent:
             raise HandleError(f"the handle is not one of rank {self._rank}: it belongs to another")
         return counts
+
+
+def _slots_of(num_rows: torch.Tensor, num_slots: int) -> torch.Tensor:
+    """Where rows lie that have as many slots for each source.
+
+    Example: [2, 1] rows in 3 slots -> [0, 1, 3]
+    """
+    slot = torch.arange(num_slots, dtype=num_rows.dtype, device=num_rows.device)
+    return (slot < num_rows.unsqueeze(1)).flatten().nonzero().flatten()
+
+
+def _spread(
+    rows: torch.Tensor, slots: torch.Tensor, size: tuple[int, int], *, fill: int = 0
+) -> torch.Tensor:
+    """The rows [N, ...] in their slots, [R, M, ...]."""
+    spread = rows.new_full((size[0] * size[1], *rows.shape[1:]), fill)
+    spread[slots] = rows
+    return spread.view(*size, *rows.shape[1:])
 
 
 def _dispatch_header(attempt: Attempt, form: RowFormat, routing: RoutingShare) -> Header:

@@ -25,7 +25,8 @@ class Handle(NamedTuple):
             Equal on all ranks.
         channel_prefix_matrix: [R, 1] int32, rows sent to each rank.
         recv_channel_prefix_matrix: [R, 1] int32, rows received from each rank.
-        recv_src_idx: [N] int32, index of each received row among its source's tokens.
+        recv_src_idx: [N] int32, index of each received row among its source's tokens; [R, M] for
+            rows that lie in M slots to each source.
         is_token_in_rank: [T, R] bool, whether a token was sent to a rank.
         send_head: [T, R] int32, which of the rows sent to that rank the token is; -1 if not sent.
 
@@ -64,7 +65,7 @@ class Handle(NamedTuple):
     @property
     def num_recv_rows(self) -> int:
         """Rows that dispatch returned here, padding included."""
-        return self.recv_src_idx.shape[0]
+        return self.recv_src_idx.numel()
 
 
 class LowLatencyHandle(NamedTuple):

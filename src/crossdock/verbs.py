@@ -15,7 +15,7 @@ from typing import Generic, NamedTuple, Protocol
 
 import torch
 
-from crossdock.codec import AnyTokens
+from crossdock.codec import AnyTokens, Tokens
 from crossdock.formats import RowFormat, TokenFormat
 from crossdock.handle import Handle, LowLatencyHandle
 from crossdock.routing import RoutingShare, Selection
@@ -24,11 +24,11 @@ from crossdock.transports.session import Receive
 __all__ = [
     "Combined",
     "Dispatched",
-    "DispatchedAgain",
     "ExchangeCalls",
     "LowLatencyCalls",
     "Slabs",
     "Stats",
+    "Views",
 ]
 
 
@@ -42,7 +42,6 @@ class Dispatched(Generic[AnyTokens]):
         topk_weights: [N, K] float32, 0 where the slot is another rank's; or None.
         num_tokens_per_expert: rows per local expert; empty when rows were padded.
         handle: for combine and for cached dispatches.
-        waited_us: how long this rank waited for each.
     """
 
     tokens: AnyTokens
@@ -50,76 +49,37 @@ class Dispatched(Generic[AnyTokens]):
     topk_weights: torch.Tensor | None
     num_tokens_per_expert: list[int]
     handle: Handle
-    waited_us: Sequence[int]
 
 
-@dataclass(frozen=True)
-class DispatchedAgain(Generic[AnyTokens]):
-    """What a cached dispatch brings: received rows, and how long this rank waited for each."""
-
-    tokens: AnyTokens
-    waited_us: Sequence[int]
-
-
-@dataclass(frozen=True)
-class Combined:
-    """What a combine brings.
+class Views(NamedTuple):
+    """What a dispatch brings whose rows stay where they have landed. M slots for a rank's rows.
 
     Attributes:
-        rows: [T, H].
-        topk_weights: [T, K] float32, if there were some.
-        waited_us: how long this rank waited for each.
+        tokens: received rows [R, M, H] by source rank, with their scales [R, M, S] if they came
+            with some; any strides, the last 1. Undefined where no row is.
+        topk_idx: [R, M, K] int64 local expert ids, -1 where the slot is another rank's or no row
+            is; or None.
+        topk_weights: [R, M, K] float32, 0 where `topk_idx` is -1; or None.
+        num_rows: [R] int32, rows of each rank, in the first slots.
+        handle: for combine, whose rows lie alike; its `recv_src_idx` is [R, M].
     """
+
+    tokens: Tokens
+    topk_idx: torch.Tensor | None
+    topk_weights: torch.Tensor | None
+    num_rows: torch.Tensor
+    handle: Handle
+
+
+class Combined(NamedTuple):
+    """What a combine brings: rows [T, H], and weights [T, K] float32 if there were some."""
 
     rows: torch.Tensor
     topk_weights: torch.Tensor | None
-    waited_us: Sequence[int]
-
-
-class ExchangeCalls(Protocol):
-    """The high-throughput verbs of one buffer, whoever moves the rows. See `Exchange`."""
-
-    def dispatch(
-        self,
-        x: AnyTokens,
-        routing: RoutingShare,
-        *,
-        alignment: int,
-        num_worst_tokens: int,
-        num_sms: int,
-    ) -> Dispatched[AnyTokens]:
-        """Send every token to the ranks that want it."""
-        ...
-
-    def dispatch_again(
-        self, x: AnyTokens, handle: Handle, *, num_sms: int
-    ) -> DispatchedAgain[AnyTokens]:
-        """Send other rows the way an earlier dispatch went."""
-        ...
-
-    def combine(
-        self,
-        x: torch.Tensor,
-        handle: Handle,
-        *,
-        topk_weights: torch.Tensor | None = None,
-        bias: Sequence[torch.Tensor] = (),
-        num_sms: int,
-    ) -> Combined:
-        """Bring one row per (token, rank) back and sum them."""
-        ...
-
-    def warmup(self, form: RowFormat, num_tokens: int) -> None:
-        """Make room for calls of this size, and wait until all ranks are here."""
-        ...
-
-    def check(self) -> None:
-        """Raise what went wrong since the last call, as far as the host can know."""
-        ...
 
 
 class Stats(NamedTuple):
-    """The caller's statistics, to be added to in the receiving half; None where not wanted.
+    """The caller's statistics, to be added to; None where not wanted.
 
     Attributes:
         waits: [R] int64, microseconds that each rank was waited for.
@@ -136,6 +96,56 @@ class Stats(NamedTuple):
         if self.waits is not None:
             told = torch.tensor(list(waited_us), dtype=torch.int64, device=self.waits.device)
             self.waits.add_(told)
+
+
+class ExchangeCalls(Protocol):
+    """The high-throughput verbs of one buffer, whoever moves the rows. See `Exchange`."""
+
+    def dispatch(
+        self,
+        x: AnyTokens,
+        routing: RoutingShare,
+        *,
+        alignment: int,
+        num_worst_tokens: int,
+        num_sms: int,
+        stats: Stats,
+    ) -> Dispatched[AnyTokens]:
+        """Send every token to the ranks that want it."""
+        ...
+
+    def dispatch_again(
+        self, x: AnyTokens, handle: Handle, *, num_sms: int, stats: Stats
+    ) -> AnyTokens:
+        """Send other rows the way an earlier dispatch went."""
+        ...
+
+    def dispatch_views(
+        self, x: AnyTokens, routing: RoutingShare, *, num_slots: int, num_sms: int, stats: Stats
+    ) -> Views:
+        """Send every token to the ranks that want it, and leave the rows where they land."""
+        ...
+
+    def combine(
+        self,
+        x: torch.Tensor,
+        handle: Handle,
+        *,
+        topk_weights: torch.Tensor | None = None,
+        bias: Sequence[torch.Tensor] = (),
+        num_sms: int,
+        stats: Stats,
+    ) -> Combined:
+        """Bring one row per (token, rank) back and sum them."""
+        ...
+
+    def warmup(self, form: RowFormat, num_tokens: int) -> None:
+        """Make room for calls of this size, and wait until all ranks are here."""
+        ...
+
+    def check(self) -> None:
+        """Raise what went wrong since the last call, as far as the host can know."""
+        ...
 
 
 class Slabs(NamedTuple):

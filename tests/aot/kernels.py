@@ -74,9 +74,12 @@ class Shape(NamedTuple):
         hidden, num_topk, num_local, num_ranks: H, K, L, R; without K, no experts are named.
         brings_weights: whether weights travel with the rows.
         compact: how a low-latency dispatch lays rows out.
+        is_turned: whether a combine is given them in the other layout.
         num_bias: of a combine.
         is_float: whether a low-latency combine sends float32.
         is_log: or in the logarithmic format.
+        viewed: whether high-throughput rows stay where they land.
+        counts_waits: of high-throughput calls; low-latency ones always do here.
     """
 
     kernel: str
@@ -87,9 +90,12 @@ class Shape(NamedTuple):
     num_ranks: int = 4
     brings_weights: bool = False
     compact: bool = False
+    is_turned: bool = False
     num_bias: int = 0
     is_float: bool = False
     is_log: bool = False
+    viewed: bool = False
+    counts_waits: bool = False
 
 
 class Tile(NamedTuple):
@@ -168,6 +174,8 @@ def make_combine_experts(shape: Shape, capability: int) -> tuple[Kernel, Tile]:
         use_logfmt=shape.is_log,
         knows_weights=shape.brings_weights,
         counts_waits=True,
+        compact=shape.compact,
+        x_is_compact=shape.compact != shape.is_turned,
     )
     group, element = group_of(shape), torch.float32 if shape.is_float else torch.bfloat16
     plan = expert_kernels.plan_combine(kind, group, partials=element)
@@ -182,6 +190,7 @@ def row_of(shape: Shape) -> rank_rows.RankRow:
         num_topk=shape.num_topk,
         has_weights=shape.brings_weights,
         local=shape.num_local,
+        viewed=shape.viewed,
     )
 
 
@@ -191,7 +200,8 @@ def words_of(row: rank_rows.RankRow | rank_sums.BackRow, shape: Shape) -> int:
 
 
 def make_route_ranks(shape: Shape, capability: int) -> tuple[Kernel, Tile]:
-    return rank_kernels.route_kernel(shape.num_local, group_of(shape)), Tile()
+    kernel = rank_kernels.route_kernel(shape.num_local, group_of(shape), times=shape.counts_waits)
+    return kernel, Tile()
 
 
 def make_send_ranks(shape: Shape, capability: int) -> tuple[Kernel, Tile]:
@@ -200,17 +210,26 @@ def make_send_ranks(shape: Shape, capability: int) -> tuple[Kernel, Tile]:
 
 
 def make_place_ranks(shape: Shape, capability: int) -> tuple[Kernel, Tile]:
+    """Views are not moved."""
     row = row_of(shape)
-    return rank_kernels.place_kernel(row, group_of(shape), pads=True), Tile(words_of(row, shape))
+    kernel = rank_kernels.place_kernel(row, group_of(shape), pads=True, times=shape.counts_waits)
+    return kernel, Tile(words_of(row, shape) * (not shape.viewed))
 
 
 def make_combine_ranks(shape: Shape, capability: int) -> tuple[Kernel, Tile]:
     """Rows are sent as they are, and added up where they have come."""
     num_topk = shape.num_topk if shape.brings_weights else 0
     element = torch.float32 if shape.is_float else torch.bfloat16
-    row = rank_kernels.back_row(element, shape.hidden, num_topk=num_topk, num_bias=shape.num_bias)
+    row = rank_kernels.back_row(
+        element,
+        shape.hidden,
+        num_topk=num_topk,
+        num_bias=shape.num_bias,
+        num_ranks=shape.num_ranks,
+    )
     sums = row.sums * row.padded * element.itemsize if row.word == 16 else 0
-    return rank_kernels.combine_kernel(row, group_of(shape)), Tile(words_of(row, shape), sums)
+    kernel = rank_kernels.combine_kernel(row, group_of(shape), times=shape.counts_waits)
+    return kernel, Tile(words_of(row, shape), sums)
 
 
 MAKERS = {

@@ -27,6 +27,7 @@ from tests.worlds import (
     low_latency_worlds,
     test_device_failures,
     test_high_throughput,
+    test_masks,
 )
 
 NUM_GPUS = torch.cuda.device_count()
@@ -78,7 +79,8 @@ def nccl_group(group: Any) -> dist.ProcessGroup:
 def adapted(kind: type[Buffer]) -> Iterator[None]:
     """Jobs that make a `Buffer` make one of this kind."""
     with ExitStack() as stack:
-        for module in (test_high_throughput, low_latency_worlds, test_device_failures):
+        modules = (test_high_throughput, low_latency_worlds, test_device_failures, test_masks)
+        for module in modules:
             stack.enter_context(mock.patch.object(module, "Buffer", kind))
         yield
 
@@ -234,10 +236,6 @@ class DelayedBuffer(CudaBuffer):
         chance = self._whims.random()
         if chance < 0.2:
             spin(self._whims.random() * (5_000 if chance < 0.01 else 200))
-
-    def low_latency_combine(self, *args: Any, **rest: Any) -> Any:
-        """Rows travel back as they are: there is no logarithmic format on devices."""
-        return super().low_latency_combine(*args, **{**rest, "use_logfmt": False})
 
 
 def spin(microseconds: float) -> None:

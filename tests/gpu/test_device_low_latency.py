@@ -15,12 +15,9 @@ pytestmark = NEEDS_GPUS
 
 LEFT_OUT = MappingProxyType(
     {
-        "test_partial_sums_are_rounded_as_asked": "has sums travel in ten bits; see the next",
         "test_weights_may_come_early_and_sums_are_rounded_as_asked": "in `test_device_small`",
         "test_all_ways_of_calling_combine_give_the_same": "a device knows no copied handle; there",
         "test_rows_are_received_and_counted_by_the_hook": "nothing is zero before it; there",
-        "test_defaults_strides_and_gradients_of_the_caller_do_not_matter": "in ten bits; there",
-        "test_a_late_rank_is_waited_for_and_waits_for_nobody": "waits are not measured on devices",
     }
 )
 """Tests that ask for what devices do not do, and where there is another one."""
@@ -35,6 +32,13 @@ test_rows_arrive_and_come_back = on_device(world.test_rows_arrive_and_come_back)
 test_all_widths_and_numbers_of_choices = on_device(world.test_all_widths_and_numbers_of_choices)
 test_what_cannot_be_encoded_arrives_as_documented = on_device(
     world.test_what_cannot_be_encoded_arrives_as_documented
+)
+test_partial_sums_are_rounded_as_asked = on_device(world.test_partial_sums_are_rounded_as_asked)
+test_defaults_strides_and_gradients_of_the_caller_do_not_matter = on_device(
+    calls.test_defaults_strides_and_gradients_of_the_caller_do_not_matter
+)
+test_a_late_rank_is_waited_for_and_waits_for_nobody = on_device(
+    calls.test_a_late_rank_is_waited_for_and_waits_for_nobody
 )
 test_sums_are_taken_by_slot_and_then_by_rank = on_device(
     world.test_sums_are_taken_by_slot_and_then_by_rank

@@ -1,18 +1,21 @@
 """What tests of the device calls share: ranks whose kernels are interpreted, and small worlds.
 
-The interpreter runs the programs of a kernel one after another, each statement for itself, and a
-rank that waits keeps a processor busy. So there are few tokens here; what they do is what they do
-in the tests that other transports go through, with the same jobs and the same judges.
+The interpreter runs the programs of a kernel one after another, each statement for itself. So there
+are few tokens here; what they do is what they do in the tests that other transports go through,
+with the same jobs and the same judges.
 """
 
 from __future__ import annotations
 
+import functools
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -23,6 +26,7 @@ from tests.worlds import low_latency_worlds as low_latency
 
 FEW_PROGRAMS = 4
 POISON = 0xFF
+REST_S = 5e-4
 
 
 def release(package: str) -> tuple[int, ...]:
@@ -64,8 +68,46 @@ def _interpreted(group: Any, fn: Callable[..., Any], *args: Any) -> Any:
     of_numpy = {"category": RuntimeWarning, "module": r"triton\.runtime\.interpreter"}
     warnings.filterwarnings("ignore", **of_numpy)
     Buffer.set_num_sms(FEW_PROGRAMS)
-    with poisoned_landings():
+    with quick_interpreter(), poisoned_landings():
         return fn(group, *args)
+
+
+@contextmanager
+def quick_interpreter() -> Iterator[None]:
+    """Kernels are interpreted twice as fast, and leave the processor to others when they wait.
+
+    The interpreter changes Triton's language in every call of every function, which takes half of
+    its time. Here it does so once for each module, for good: nothing is compiled in this process.
+    """
+    from triton.runtime import interpreter
+
+    from crossdock.ops.triton import sync
+
+    with (
+        mock.patch.object(interpreter, "_patch_lang", _once(interpreter._patch_lang)),
+        mock.patch.object(sync, "_now", _rest),
+    ):
+        yield
+
+
+@functools.cache
+def _once(change: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """What changes the language for a function, but only for the first one of a module."""
+    changed, restores_nothing = set(), SimpleNamespace(restore=lambda: None)
+
+    def change_once(fn: Any) -> Any:
+        if fn.__module__ not in changed:
+            changed.add(fn.__module__)
+            change(fn)
+        return restores_nothing
+
+    return change_once
+
+
+def _rest(polls: Any, _: Any) -> Any:
+    """What a wait does between two looks."""
+    time.sleep(REST_S)
+    return polls
 
 
 @contextmanager

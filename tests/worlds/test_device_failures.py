@@ -9,7 +9,7 @@ import torch
 
 from crossdock import Buffer, PeerTimeoutError, ShapeError, TransportError
 
-DEADLINE_S = 1.0
+DEADLINE_S = 0.5
 NUM_RANKS = 3
 
 

@@ -16,8 +16,6 @@ from tests.worlds.checks import combine_faults, row_faults
 from tests.worlds.device_worlds import small
 from tests.worlds.test_high_throughput import KINDS, Kind, copied, lay_out, open_buffer, plain
 
-pytestmark = pytest.mark.slow
-
 MOST = 11
 """Tokens of a rank: two chunks."""
 TURNS = [

@@ -1,7 +1,8 @@
 """Low-latency calls whose rows are moved by kernels, interpreted, against the oracle.
 
-The tests of the other transports, some of them, in small worlds, with what is said of devices
-alone: a dispatch that brings the weights, and what a copied handle is answered.
+The tests of the other transports, most of them, in small worlds, with what is said of devices
+alone: a dispatch that brings the weights, what a copied handle is answered, and calls that overtake
+each other.
 """
 
 from __future__ import annotations
@@ -9,11 +10,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from crossdock import HandleError, UnsupportedError
+from crossdock import HandleError, reference
 from crossdock.cases import ROUTING_CASES
+from tests.worlds import test_high_throughput as high_throughput
 from tests.worlds import test_low_latency as world
 from tests.worlds import test_low_latency_calls as calls
-from tests.worlds.checks import difference
+from tests.worlds.checks import difference, row_faults
 from tests.worlds.device_worlds import draw, judge_case
 from tests.worlds.low_latency_checks import Form, slab_faults, sum_faults
 from tests.worlds.low_latency_worlds import (
@@ -23,14 +25,14 @@ from tests.worlds.low_latency_worlds import (
     form_for,
     format_of,
     give_weights,
+    make_tokens,
     noise_for,
     open_buffer,
     poison,
     run_world,
+    start_combine,
     start_dispatch,
 )
-
-pytestmark = pytest.mark.slow
 
 NAMES = list(WIDTHS)
 
@@ -54,7 +56,17 @@ def test_rows_arrive_and_come_back(interpreted_pool, monkeypatch, case):
     go_there_and_back(interpreted_pool, monkeypatch, 3, case, [name])
 
 
-@pytest.mark.parametrize(("num_ranks", "case"), [(1, "duplicates"), (2, "slots_empty")])
+OTHER_WORLDS = [(1, "all_experts"), (1, "duplicates"), (2, "all_to_one"), (2, "slots_empty")]
+
+
+def test_every_format_goes_every_way():
+    """In the worlds of the next test: slabs and compact rows, at once and by hooks."""
+    for name in NAMES:
+        ways = [world.way_of("device", *each, name) for each in OTHER_WORLDS]
+        assert set(ways) == set(world.WAYS)
+
+
+@pytest.mark.parametrize(("num_ranks", "case"), OTHER_WORLDS)
 def test_rows_of_all_formats_arrive_in_other_worlds(interpreted_pool, monkeypatch, num_ranks, case):
     go_there_and_back(interpreted_pool, monkeypatch, num_ranks, case, NAMES)
 
@@ -67,6 +79,26 @@ def test_what_cannot_be_encoded_arrives_as_documented(interpreted_pool, monkeypa
     monkeypatch.setattr(world, "WIDTHS", {name: WIDTHS[name] for name in ("fp8", "int8")})
     monkeypatch.setattr(world, "draw", lambda case, num_ranks: draw(case, num_ranks, most=16))
     world.test_what_cannot_be_encoded_arrives_as_documented(interpreted_pool, "device")
+
+
+SHAPES = [
+    world.Shape("bf16", "slab", 1, 22, num_local=8),
+    world.Shape("bf16", "compact", 33, 22, num_local=30, use_hook=True),
+    world.Shape("bf16", "slab", 4095, 1, num_local=1),
+    world.Shape("fp8", "compact", 7168, 8, use_hook=True),
+    world.Shape("fp8_round_scale", "compact", 384, 6, num_local=2),
+    world.Shape("fp8_ue8m0", "slab", 1024, 4),
+    world.Shape("int8", "slab", 1, 1, num_local=1, use_hook=True),
+]
+
+
+def test_widths_and_numbers_of_choices(interpreted_pool, monkeypatch):
+    monkeypatch.setattr(world, "SHAPES", SHAPES)
+    world.test_all_widths_and_numbers_of_choices(interpreted_pool, "device")
+
+
+def test_without_use_fp8_its_switches_say_nothing(interpreted_pool):
+    calls.test_without_use_fp8_its_switches_say_nothing(interpreted_pool, "device")
 
 
 def combine_with_weights(group, transport, routing, form, *, partials, early, use_hook):
@@ -114,10 +146,32 @@ def test_sums_are_taken_by_slot_and_then_by_rank(interpreted_pool):
     world.test_sums_are_taken_by_slot_and_then_by_rank(interpreted_pool, "device", "slab", "fp32")
 
 
+@pytest.mark.parametrize("case", ["uniform", "one_rank_empty"])
+def test_partial_sums_are_rounded_as_asked(interpreted_pool, case):
+    world.test_partial_sums_are_rounded_as_asked(interpreted_pool, "device", case)
+
+
 # Ways of calling.
 
-HOST_ALONE = {"cloned handle", "handle cloned on one rank"}
-"""What a device cannot do: it looks behind the handle's own tensors for more."""
+
+def with_a_hook(call):
+    """Rows and weights are on their way when it returns; choices are looked at once more."""
+    out = torch.full((len(call.topk_idx), call.slab.shape[2]), torch.nan).bfloat16()
+    arguments = (call.slab, call.topk_idx, call.weights, call.handle)
+    combined, _, hook = call.buffer.low_latency_combine(*arguments, return_recv_hook=True, out=out)
+    call.slab.zero_()
+    call.weights.zero_()
+    hook()
+    hook()
+    assert combined is out
+    return out
+
+
+WAYS = {
+    **{name: way for name, way in calls.COMBINE_WAYS.items() if name != "cloned handle"},
+    "hook": with_a_hook,
+}
+"""A device cannot use a copy of a handle: it looks behind the handle's own tensors for more."""
 
 
 def combine_in_all_ways(group, transport, routing, form, *, early):
@@ -132,8 +186,7 @@ def combine_in_all_ways(group, transport, routing, form, *, early):
         call = calls.Call(buffer, slab, compact, topk_idx, weights, got.handle)
         with pytest.raises(HandleError, match="copy"):
             calls.with_cloned_handle(call)
-        ways = calls.COMBINE_WAYS.items()
-        return {name: way(call) for name, way in ways if name not in HOST_ALONE}
+        return {name: way(call) for name, way in WAYS.items()}
 
 
 @pytest.mark.parametrize(("rows", "early"), [("slab", False), ("compact", True)])
@@ -145,7 +198,7 @@ def test_all_ways_of_calling_combine_give_the_same(interpreted_pool, rows, early
     right = judge_case("slots_empty", 2, "fp8")
     assert not sum_faults([each["slab"] for each in got], right.noise)
     for each in got:
-        assert len(each) == len(calls.COMBINE_WAYS) - 1
+        assert len(each) == len(WAYS)
         for name, combined in each.items():
             assert not difference(combined, each["slab"]), name
 
@@ -213,23 +266,6 @@ def test_defaults_strides_and_gradients_of_the_caller_do_not_matter(interpreted_
         assert not slab_faults(got, right.slabs, form, routing)
 
 
-def ask_for_what_there_is_not(group, transport, routing, form):
-    with open_buffer(group, transport) as buffer:
-        got = dispatch(buffer, routing, form)
-        noise = noise_for(buffer, got, form, routing)
-        with pytest.raises(UnsupportedError, match="logfmt"):
-            combine(buffer, noise, routing, got.handle, use_logfmt=True)
-        return combine(buffer, noise, routing, got.handle)
-
-
-def test_what_is_not_there_is_said_before_anything_is_sent(interpreted_pool):
-    routing = draw("uniform", 2)
-    form = form_for(routing, "bf16")
-    job = (ask_for_what_there_is_not, routing, form)
-    combined = run_world(interpreted_pool, "device", *job, num_ranks=2)
-    assert not sum_faults(combined, judge_case("uniform", 2, "bf16").noise)
-
-
 def overtake(group, transport, routings, form):
     """The second call is received first, and a third one made before the first is received."""
     with open_buffer(group, transport) as buffer:
@@ -256,3 +292,40 @@ def test_a_call_that_is_overtaken_twice_keeps_its_rows_or_is_refused(interpreted
     for index, case in enumerate(("uniform", "slots_empty", "duplicates")):
         right = judge_case(case, 2, "bf16").slabs
         assert not slab_faults([each[index] for each in results], right, form, routings[index])
+
+
+def decode_beside_a_prefill(group, transport, routing, form):
+    """Rows of the one kind are in flight while the other kind of calls is made."""
+    with open_buffer(group, transport, **format_of(form)) as buffer:
+        results = []
+        for _ in range(2):
+            got, receive = start_dispatch(buffer, routing, form, return_recv_hook=True)
+            x = make_tokens(buffer.rank, len(routing.topk_idxs[buffer.rank]), form)
+            made = buffer.dispatch(x, **high_throughput.lay_out(buffer, routing))
+            receive()
+            noise = noise_for(buffer, got, form, routing)
+            combined, receive = start_combine(
+                buffer, noise, routing, got.handle, return_recv_hook=True
+            )
+            back = buffer.combine(made[0], made[4])[0]
+            receive()
+            results.append((got, combined, made[0], back))
+        return results
+
+
+def test_both_kinds_of_calls_share_a_buffer(interpreted_pool):
+    routing = draw("uneven", 2)
+    form = form_for(routing, "bf16")
+    job = (decode_beside_a_prefill, routing, form)
+    everything = run_world(interpreted_pool, "device", *job, num_ranks=2)
+    right = judge_case("uneven", 2, "bf16")
+    xs = [make_tokens(rank, len(idx), form) for rank, idx in enumerate(routing.topk_idxs)]
+    moved = reference.dispatch(xs, routing.topk_idxs, num_experts=routing.num_experts)
+    num_addends = high_throughput.count_addends(routing)
+    for turn in zip(*everything, strict=True):
+        slabs, combined, rows, back = zip(*turn, strict=True)
+        assert not slab_faults(slabs, right.slabs, form, routing)
+        assert not sum_faults(combined, right.noise)
+        assert not row_faults(rows, [each.recv_x for each in moved])
+        for x, sums, num in zip(xs, back, num_addends, strict=True):
+            assert torch.equal(sums, x * num[:, None])

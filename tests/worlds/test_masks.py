@@ -175,8 +175,11 @@ def leave_between_dispatch_and_combine(group: Any, bring_weights: bool) -> list[
     early = weights if bring_weights else None
     found = []
     with open_buffer(group) as buffer:
-        buffer.warmup(SLOTS, HIDDEN)
-        dispatch_ones(buffer)  # while ranks are masked there is no more room to be had
+        # While ranks are masked there is no more room to be had.
+        rows, _, handle, *_ = buffer.low_latency_dispatch(
+            x, topk_idx, 2, 3, use_fp8=False, topk_weights=early
+        )
+        buffer.low_latency_combine(rows, topk_idx, weights, handle)
         for moment in ("in dispatch", "after dispatch"):
             if moment == "in dispatch":
                 buffer.low_latency_update_mask_buffer(VICTIM, True)

@@ -6,19 +6,23 @@ import os
 
 import torch
 
+from crossdock import _env
 from crossdock.device.constants import next_power_of_two
+from crossdock.device.masks import DeviceMasks
 from crossdock.device.memory import (
     NUM_STATES,
     DeviceCapacity,
     Generation,
     Memory,
     Plan,
+    is_capturing,
 )
 from crossdock.device.streams import Fork
 from crossdock.device.watch import Report, host_memory
+from crossdock.errors import UnsupportedError
 from crossdock.ops.triton.sync import Group, Link
-from crossdock.transports.header import Call
-from crossdock.transports.session import Session
+from crossdock.transports.header import Call, Operation
+from crossdock.transports.session import Attempt, Session
 from crossdock.transports.symmetric import Symmetric
 
 __all__ = ["Engine"]
@@ -55,8 +59,14 @@ class Engine:
         self._beside = None if self._interpreted else torch.cuda.Stream(self.device)
         self._waited_s = 0.0
         self._captures = False
+        self._attempt = Attempt(Call(Operation.NONE, 0, 0.0), transport)
         padded = next_power_of_two(self.num_ranks)
         self.group = Group(self.num_ranks, padded, NUM_STATES, is_compiled=not self._interpreted)
+        self.slack_group = self.group._replace(can_shrink=transport.can_shrink)
+        self._masks: DeviceMasks | None = None
+        if transport.can_shrink:
+            self._masks = DeviceMasks(self._memory, rank=self.rank, num_ranks=self.num_ranks)
+            transport.masks = self._masks
         self.num_programs = self._processors()
         self.use_casts = self.device.type == "cuda" and torch.cuda.get_device_capability() >= (8, 9)
 
@@ -65,6 +75,20 @@ class Engine:
             return 2
         return torch.cuda.get_device_properties(self.device).multi_processor_count
 
+    def inspect(self) -> None:
+        """The same as `check`; with `CROSSDOCK_DEBUG` also whether the heap is sound.
+
+        Sync: in that case waits for the device.
+
+        Raises:
+            TransportError: something was written beyond its place.
+            Others: as `check`.
+        """
+        self.check()
+        current = self._memory.current
+        if _env.debug() and current is not None and not is_capturing():
+            current.check_guards()
+
     def check(self) -> None:
         """Raise what a kernel has reported.
 
@@ -72,7 +96,7 @@ class Engine:
             PeerTimeoutError: some ranks did not come.
             TransportError: a rank gave up.
         """
-        if not self._report.is_empty() and not self._transport.can_shrink:
+        if not self._report.is_empty():
             raise self._report.error(self._waited_s, self._entered())
 
     def _entered(self) -> list[list[int]]:
@@ -86,14 +110,26 @@ class Engine:
         rounds: list[list[int]] = entered.view(-1, NUM_STATES).tolist()
         return rounds
 
-    def begin(self) -> None:
-        """What every call does first."""
+    def begin(self, attempt: Attempt) -> None:
+        """What every call does first.
+
+        Raises:
+            UnsupportedError: the call needs all ranks, and some are masked.
+            Others: what an earlier call has left behind.
+        """
         self.check()
         self.chain()
+        self._attempt = attempt
+        if self._masks is not None and not attempt.call.operation.can_shrink:
+            masked = sorted(self._masks.masked())
+            if masked:
+                attempt.entered = True  # so have the others, who raise the same
+                raise UnsupportedError(f"{attempt.call} needs all ranks, but {masked} are masked")
 
     def memory(self, wanted: DeviceCapacity) -> Generation:
-        """See `Memory.covering`."""
-        generation = self._memory.covering(wanted, self._report.address)
+        """The heap for the call that has begun, which all ranks come to. See `Memory.covering`."""
+        self._attempt.entered = True
+        generation = self._memory.covering(wanted, self._report.address, self._attempt.call)
         if self._captures:
             self._memory.keep()
         return generation
@@ -119,6 +155,14 @@ class Engine:
         words = self._words[int(is_read)]
         words[0] = 0
         return words[:number]
+
+    def check_may_wait(self) -> None:
+        """Raise `UnsupportedError` where the host cannot wait for a kernel."""
+        if self._captures:
+            raise UnsupportedError(
+                "a dispatch with exact sizes cannot be part of a CUDA graph: the host has to learn "
+                "them; give num_worst_tokens, and make one such call before the capture"
+            )
 
     def wait_for_host(self, words: torch.Tensor) -> list[int]:
         """What a kernel has written, once it has.

@@ -10,53 +10,34 @@ T tokens here, K top-k, R ranks, L local experts, N received rows, C chunks.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 
-from crossdock.codec import AnyTokens, Tokens, join, row_format, split
-from crossdock.config import align
+from crossdock.codec import AnyTokens, Tokens, join, row_format
 from crossdock.device.constants import aligned
 from crossdock.device.engine import Engine
-from crossdock.device.memory import CHUNK, DeviceCapacity, Generation
+from crossdock.device.memory import Generation
 from crossdock.device.rank_kernels import (
-    addresses_received,
-    addresses_sent,
-    back_row,
-    combine_kernel,
-    place_kernel,
-    rank_row,
-    route_kernel,
-    send_kernel,
+    CombineShape,
+    DispatchPlan,
+    DispatchShape,
+    plan_combine,
+    plan_dispatch,
     shares,
 )
 from crossdock.device.streams import Fork
+from crossdock.device.trips import Trip
 from crossdock.device.watch import State
-from crossdock.errors import BufferTooSmallError, HandleError, RankMismatchError, UnsupportedError
+from crossdock.errors import HandleError, RankMismatchError, UnsupportedError
 from crossdock.formats import RowFormat
 from crossdock.handle import Handle
-from crossdock.ops.triton import rank_routes, rank_rows, rank_sums
+from crossdock.ops.triton import rank_sums
 from crossdock.routing import RoutingShare
 from crossdock.topology import num_local_experts
-from crossdock.transports.header import Call, Operation
-from crossdock.verbs import Combined, Dispatched, DispatchedAgain
+from crossdock.transports.header import Operation
+from crossdock.verbs import Combined, Dispatched, Stats, Views
 
 __all__ = ["DeviceExchange"]
-
-
-class _Trip(NamedTuple):
-    """A dispatch on its way: what its kernels are told, and what must live as long."""
-
-    planes: list[torch.Tensor]
-    head: torch.Tensor
-    num_rows_sent: torch.Tensor
-    routing: RoutingShare | None
-    row: rank_rows.RankRow
-    sent: rank_rows.Sent
-    memory: Generation
-    call: Call
-    num_tokens: int
-    num_sms: int
 
 
 class DeviceExchange:
@@ -80,80 +61,93 @@ class DeviceExchange:
         alignment: int,
         num_worst_tokens: int,
         num_sms: int,
+        stats: Stats,
     ) -> Dispatched[AnyTokens]:
         """See `Exchange.dispatch`."""
-        with self._engine.session.call(Operation.DISPATCH) as attempt:
-            self._engine.begin()
-            attempt.entered = True
-            local = num_local_experts(routing.num_tokens_per_expert.shape[0], self._num_ranks)
-            trip = self._begin(x, routing, attempt.call, local=local, num_sms=num_sms)
-            prefix = trip.head.new_empty((self._num_ranks, self._num_ranks))
-            chunks = self._empty_chunks(trip.memory, prefix)
-            looks = not num_worst_tokens or not trip.memory.capacity.num_tokens
-            told = self._route(
-                trip, routing, prefix=prefix, chunks=chunks, alignment=alignment, is_read=looks
+        engine, pads = self._engine, bool(num_worst_tokens)
+        with engine.session.call(Operation.DISPATCH) as attempt:
+            engine.begin(attempt)
+            trip = Trip(
+                engine,
+                attempt.call,
+                self._plan(row_format(x), routing, stats, pads=pads),
+                x=x,
+                routing=routing,
+                waits=stats.waits,
+                num_sms=num_sms,
             )
-            beside = self._engine.fork()
-            if trip.num_tokens <= trip.memory.capacity.num_tokens:
-                self._send(trip, beside)
+            looks = not pads or not trip.memory.capacity.num_tokens
+            if looks:
+                engine.check_may_wait()
+            told = trip.route(routing.num_tokens_per_expert, alignment=alignment, is_read=looks)
+            beside = engine.fork()
+            if trip.has_room:
+                trip.send(beside)
             elif not looks:
-                raise self._too_many(trip)
+                raise trip.too_many()
+            else:
+                trip.send_nothing()
             num_rows, per_expert = num_worst_tokens, list[int]()
             if looks:
-                words = self._engine.wait_for_host(told)
-                trip, chunks = self._with_room(trip, words, chunks, beside=beside)
+                words = engine.wait_for_host(told)
+                self._see_to_room(trip, words, beside=beside)
                 num_rows = num_worst_tokens or words[2]
-                per_expert = [] if num_worst_tokens else words[3 + self._num_ranks :]
-            rows, idx, weights, src_idx = self._empty_rows(trip, x, routing, num_rows=num_rows)
-            received = addresses_received(rows, (src_idx, prefix, chunks), idx=idx, weights=weights)
-            self._place(trip, received, num_rows, pads=bool(num_worst_tokens))
+                per_expert = [] if pads else words[3 + self._num_ranks :]
+            rows, (idx, weights) = _empty_rows(x, num_rows), _empty_choices(routing, num_rows)
+            src_idx = trip.place(rows, (num_rows,), idx=idx, weights=weights)
             beside.join()
-            handle = Handle(
-                prefix,
-                trip.num_rows_sent,
-                chunks,
-                src_idx,
-                routing.is_token_in_rank,
-                trip.head,
-            )
-            waits = [0] * self._num_ranks
-            return Dispatched(join(rows, x), idx, weights, per_expert, handle, waits)
+            return Dispatched(join(rows, x), idx, weights, per_expert, trip.handle(src_idx))
 
     def dispatch_again(
-        self, x: AnyTokens, handle: Handle, *, num_sms: int
-    ) -> DispatchedAgain[AnyTokens]:
+        self, x: AnyTokens, handle: Handle, *, num_sms: int, stats: Stats
+    ) -> AnyTokens:
         """See `Exchange.dispatch_again`."""
-        with self._engine.session.call(Operation.CACHED_DISPATCH) as attempt:
-            self._engine.begin()
-            attempt.entered = True
-            planes = [aligned(plane) for plane in split(x)]
-            if planes[0].shape[0] != handle.num_tokens:
-                tokens = planes[0].shape[0]
-                raise HandleError(f"x has {tokens} tokens, the handle {handle.num_tokens}")
-            row = rank_row(row_format(x), num_topk=0, has_weights=False, local=0)
-            sent = addresses_sent(planes, handle.is_token_in_rank, (handle.send_head, handle[1]))
-            memory = self._memory(row, row_format(x), 0)
-            trip = _Trip(
-                planes,
-                handle.send_head,
-                handle[1],
-                None,
-                row,
-                sent,
-                memory,
+        engine, handle = self._engine, _contiguous(handle)
+        with engine.session.call(Operation.CACHED_DISPATCH) as attempt:
+            engine.begin(attempt)
+            trip = Trip(
+                engine,
                 attempt.call,
-                handle.num_tokens,
-                num_sms,
+                self._plan(row_format(x), None, stats, pads=True),
+                x=x,
+                routing=RoutingShare(handle.is_token_in_rank, handle[1]),
+                again=handle,
+                waits=stats.waits,
+                num_sms=num_sms,
             )
-            beside = self._engine.fork()
-            self._send(trip, beside)
-            num_rows = handle.num_recv_rows
-            rows = [plane.new_empty((num_rows, plane.shape[1])) for plane in planes]
-            src_idx, chunks = torch.empty_like(handle.recv_src_idx), handle[2]
-            received = addresses_received(rows, (src_idx, handle.rank_prefix_matrix, chunks))
-            self._place(trip, received, num_rows, pads=True)
+            if trip.num_tokens != handle.num_tokens:
+                raise HandleError(f"x has {trip.num_tokens} tokens, the handle {handle.num_tokens}")
+            beside = engine.fork()
+            trip.send(beside)
+            rows = _empty_rows(x, handle.num_recv_rows)
+            trip.place(rows, (handle.num_recv_rows,))
             beside.join()
-            return DispatchedAgain(join(rows, x), [0] * self._num_ranks)
+            return join(rows, x)
+
+    def dispatch_views(
+        self, x: AnyTokens, routing: RoutingShare, *, num_slots: int, num_sms: int, stats: Stats
+    ) -> Views:
+        """See `Exchange.dispatch_views`."""
+        engine, shape = self._engine, (self._num_ranks, num_slots)
+        with engine.session.call(Operation.DISPATCH) as attempt:
+            engine.begin(attempt)
+            trip = Trip(
+                engine,
+                attempt.call,
+                self._plan(row_format(x), routing, stats, viewed=True, num_tokens=num_slots),
+                x=x,
+                routing=routing,
+                waits=stats.waits,
+                num_sms=num_sms,
+            )
+            trip.route(routing.num_tokens_per_expert, is_read=False)
+            beside = engine.fork()
+            trip.send(beside)
+            idx, weights = _empty_choices(routing, *shape)
+            src_idx = trip.place([], shape, idx=idx, weights=weights)
+            beside.join()
+            rows, num_rows = trip.views(num_slots)
+            return Views(join(rows, x), idx, weights, num_rows, trip.handle(src_idx))
 
     def combine(
         self,
@@ -163,218 +157,141 @@ class DeviceExchange:
         topk_weights: torch.Tensor | None = None,
         bias: Sequence[torch.Tensor] = (),
         num_sms: int,
+        stats: Stats,
     ) -> Combined:
         """See `Exchange.combine`."""
-        engine, x = self._engine, aligned(x)
+        engine, x, weights = self._engine, aligned(x), topk_weights
+        prefix, _, chunks, src_idx, _, head = handle = _contiguous(handle)
         with engine.session.call(Operation.COMBINE) as attempt:
-            engine.begin()
-            attempt.entered = True
-            if x.shape[0] != handle.num_recv_rows:
-                raise HandleError(f"x has {x.shape[0]} rows, the handle {handle.num_recv_rows}")
-            num_topk = 0 if topk_weights is None else topk_weights.shape[1]
-            row = back_row(x.dtype, x.shape[1], num_topk=num_topk, num_bias=len(bias))
-            memory = engine.memory(DeviceCapacity(sum_bytes=row.stride))
-            out = x.new_empty((handle.num_tokens, x.shape[1]))
-            weights = None
-            if topk_weights is not None:
-                topk_weights = topk_weights.detach().contiguous()
-                weights = topk_weights.new_empty((handle.num_tokens, num_topk))
+            engine.begin(attempt)
+            num_rows, hidden = x.shape
+            if num_rows != handle.num_recv_rows:
+                raise HandleError(f"x has {num_rows} rows, the handle {handle.num_recv_rows}")
+            num_topk = 0 if weights is None else weights.shape[1]
+            counts_waits = self._counts_waits(stats)
+            plan = plan_combine(
+                CombineShape(x.dtype, hidden, num_topk, len(bias), counts_waits, engine.group)
+            )
+            memory = engine.memory(plan.capacity)
+            out, sums = x.new_empty((head.shape[0], hidden)), None
+            if weights is not None:
+                weights = weights.detach().contiguous()
+                sums = weights.new_empty((head.shape[0], num_topk))
+            terms = [aligned(term) for term in bias]
             rows = rank_sums.Rows(
                 x.data_ptr(),
-                (x if topk_weights is None else topk_weights).data_ptr(),
-                handle.recv_src_idx.data_ptr(),
-                handle.rank_prefix_matrix.data_ptr(),
-                handle.recv_channel_prefix_matrix.data_ptr(),
+                (x if weights is None else weights).data_ptr(),
+                src_idx.data_ptr(),
+                prefix.data_ptr(),
+                chunks.data_ptr(),
             )
-            terms = [aligned(term) for term in bias]
-            sums = rank_sums.Sums(
+            summed = rank_sums.Sums(
                 out.data_ptr(),
-                (out if weights is None else weights).data_ptr(),
+                (out if sums is None else sums).data_ptr(),
                 (terms[0] if terms else x).data_ptr(),
                 (terms[-1] if terms else x).data_ptr(),
-                handle.send_head.data_ptr(),
+                head.data_ptr(),
+                (x if stats.waits is None else stats.waits).data_ptr(),
             )
-            call = _back_call(handle, memory, num_rows=x.shape[0], num_sms=num_sms)
-            arguments = (
-                rows,
-                sums,
-                engine.link(memory, attempt.call, State.COMBINE),
-                memory.plan.back,
-                call,
-            )
-            kernel = combine_kernel(row, engine.group)
-            num_programs = call.num_senders + call.num_reducers
-            kernel.launch(num_programs, arguments)
-            return Combined(out, weights, [0] * self._num_ranks)
+            call = _back_call(handle, memory, num_rows=num_rows, num_sms=num_sms)
+            link = engine.link(memory, attempt.call, State.COMBINE)
+            arguments = (rows, summed, link, memory.plan.back, call)
+            num_programs = call.num_senders + plan.num_timers + call.num_reducers
+            plan.kernel.launch(num_programs, arguments)
+            return Combined(out, sums)
 
     def warmup(self, form: RowFormat, num_tokens: int) -> None:
         """See `Exchange.warmup`."""
-        with self._engine.session.call(Operation.WARMUP) as attempt:
-            attempt.entered = True
-            row = rank_row(form, num_topk=0, has_weights=False, local=0)
-            self._memory(row, form, 0, num_tokens=num_tokens)
-            self._engine.meet()
-        self._engine.session.settle_in()
+        engine = self._engine
+        with engine.session.call(Operation.WARMUP) as attempt:
+            engine.begin(attempt)
+            engine.memory(self._plan(form, None, Stats(), num_tokens=num_tokens).capacity)
+            engine.meet()
+        engine.session.settle_in()
 
     def check(self) -> None:
         """See `ExchangeCalls.check`."""
-        self._engine.check()
+        self._engine.inspect()
 
-    def _begin(
-        self, x: Tokens, routing: RoutingShare, call: Call, *, local: int, num_sms: int
-    ) -> _Trip:
-        planes, form = [aligned(plane) for plane in split(x)], row_format(x)
-        if planes[0].device.type not in self._engine.device_types:
-            raise UnsupportedError(
-                f"the device transport moves {self._engine.device_types} tensors, "
-                f"x is on {planes[0].device}"
-            )
-        idx, weights = _contiguous(routing.topk_idx), _contiguous(routing.topk_weights)
-        num_topk = 0 if idx is None else idx.shape[1]
-        row = rank_row(form, num_topk=num_topk, has_weights=weights is not None, local=local)
-        in_rank = routing.is_token_in_rank.contiguous()
-        head = torch.empty(in_rank.shape, dtype=torch.int32, device=in_rank.device)
-        num_sent = head.new_empty((self._num_ranks, 1))
-        sent = addresses_sent(planes, in_rank, (head, num_sent), idx=idx, weights=weights)
-        owned = RoutingShare(in_rank, routing.num_tokens_per_expert, idx, weights)
-        memory = self._memory(row, form, local)
-        return _Trip(
-            planes, head, num_sent, owned, row, sent, memory, call, in_rank.shape[0], num_sms
-        )
-
-    def _memory(
-        self, row: rank_rows.RankRow, form: RowFormat, local: int, *, num_tokens: int = 0
-    ) -> Generation:
-        """Room for a row of a call and of its combine."""
-        back = form.hidden * max(2, min(form.element.itemsize, 4)) + 4 * row.num_topk
-        return self._engine.memory(
-            DeviceCapacity(
-                num_tokens=max(self._reserve_tokens, num_tokens),
-                token_bytes=row.stride,
-                sum_bytes=align(back, 16) + 16,
-                experts=local,
-            )
-        )
-
-    def _too_many(self, trip: _Trip) -> BufferTooSmallError:
-        have = trip.memory.capacity
-        needed = have.covering(DeviceCapacity(num_tokens=trip.num_tokens))
-        return BufferTooSmallError(
-            self._engine.num_bytes(needed),
-            trip.memory.plan.nbytes,
-            argument="max_tokens_per_rank",
-            rank=self._rank,
-        )
-
-    def _empty_chunks(self, memory: Generation, like: torch.Tensor) -> torch.Tensor:
-        return like.new_empty((1 + memory.capacity.num_chunks, self._num_ranks, 2))
-
-    def _route(
+    def _plan(
         self,
-        trip: _Trip,
-        routing: RoutingShare,
+        form: RowFormat,
+        routing: RoutingShare | None,
+        stats: Stats,
         *,
-        prefix: torch.Tensor,
-        chunks: torch.Tensor,
-        alignment: int,
-        is_read: bool,
-    ) -> torch.Tensor:
-        """Number this rank's rows and learn the others' counts; the host may look at the result."""
-        engine, local = self._engine, trip.row.local
-        told = engine.host_words(3 + self._num_ranks + local, is_read=is_read)
-        per_expert = routing.num_tokens_per_expert.contiguous()
-        received = addresses_received([], (prefix, prefix, chunks), idx=None, weights=None)
-        fingerprint = hash((trip.row, alignment)) & 0x7FFFFFFF
-        kernel = route_kernel(local, engine.group)
-        arguments = (
-            trip.sent,
-            received,
-            rank_routes.Learned(per_expert.data_ptr(), told.data_ptr(), alignment),
-            engine.link(trip.memory, trip.call, State.ROUTE),
-            trip.memory.plan.rows,
-            _sent_call(trip, 0, fingerprint=fingerprint),
+        pads: bool = False,
+        viewed: bool = False,
+        num_tokens: int = 0,
+    ) -> DispatchPlan:
+        """What a dispatch of such rows needs; a cached one brings no choices."""
+        num_topk, local, has_weights = 0, 0, False
+        if routing is not None:
+            local = num_local_experts(routing.num_tokens_per_expert.shape[0], self._num_ranks)
+            num_topk = 0 if routing.topk_idx is None else routing.topk_idx.shape[1]
+            has_weights = routing.topk_weights is not None
+        return plan_dispatch(
+            DispatchShape(
+                form,
+                num_topk,
+                has_weights,
+                local,
+                pads,
+                viewed,
+                self._counts_waits(stats),
+                max(num_tokens, self._reserve_tokens),
+                self._engine.group,
+            )
         )
-        kernel.launch(self._num_ranks + 2, arguments)
-        return told
 
-    def _with_room(
-        self, trip: _Trip, words: Sequence[int], chunks: torch.Tensor, *, beside: Fork
-    ) -> tuple[_Trip, torch.Tensor]:
-        """The trip in a heap that has room for the tokens of all ranks; enlarged, if need be."""
+    def _counts_waits(self, stats: Stats) -> bool:
+        """Whether waits are counted, which kernels must be able to do."""
+        waits = stats.waits
+        if waits is not None and waits.device.type not in self._engine.device_types:
+            able = self._engine.device_types
+            raise UnsupportedError(f"wait_recv_cost_stats is on {waits.device}, x on {able}")
+        return waits is not None
+
+    def _see_to_room(self, trip: Trip, words: Sequence[int], *, beside: Fork) -> None:
+        """Once the ranks agree, move on to a larger heap if some rank has too many tokens."""
         prints = words[3 : 3 + self._num_ranks]
         if len(set(prints)) > 1:
             raise RankMismatchError("rows, top-k or experts", dict(enumerate(prints)))
-        have, most = trip.memory.capacity.num_tokens, words[1]
-        if most <= have:
-            return trip, chunks
-        roomy = align(most * 5 // 4 if have else most, CHUNK)
-        memory = self._engine.memory(DeviceCapacity(num_tokens=roomy))
-        larger = self._empty_chunks(memory, chunks)
-        larger[0].copy_(chunks[0])
-        trip = trip._replace(memory=memory)
-        self._send(trip, beside)
-        return trip, larger
-
-    def _send(self, trip: _Trip, beside: Fork) -> None:
-        engine, row = self._engine, trip.row
-        programs = shares(trip.num_sms).senders
-        programs = max(min(programs, -(-trip.num_tokens // row.chunk)), 1)
-        arguments = (
-            trip.sent,
-            engine.link(trip.memory, trip.call, State.SEND),
-            trip.memory.plan.rows,
-            _sent_call(trip, programs),
-        )
-        with beside:
-            send_kernel(row, engine.group).launch(programs, arguments)
-
-    def _place(
-        self, trip: _Trip, received: rank_rows.Received, num_rows: int, *, pads: bool
-    ) -> None:
-        engine, row = self._engine, trip.row
-        programs = shares(trip.num_sms).others
-        arguments = (
-            trip.sent,
-            received,
-            engine.link(trip.memory, trip.call, State.PLACE),
-            trip.memory.plan.rows,
-            _sent_call(trip, programs, num_rows=num_rows),
-        )
-        kernel = place_kernel(row, engine.group, pads)
-        kernel.launch(programs, arguments)
-
-    def _empty_rows(
-        self, trip: _Trip, x: Tokens, routing: RoutingShare, *, num_rows: int
-    ) -> tuple[list[torch.Tensor], torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
-        parts = x if isinstance(x, tuple) else (x,)
-        rows = [part.new_empty((num_rows, part.shape[1])) for part in parts]
-        idx = weights = None
-        if routing.topk_idx is not None:
-            shape, device = (num_rows, trip.row.num_topk), rows[0].device
-            idx = torch.empty(shape, dtype=torch.int64, device=device)
-            if routing.topk_weights is not None:
-                weights = torch.empty(shape, dtype=torch.float32, device=device)
-        return rows, idx, weights, trip.head.new_empty(num_rows)
+        if words[1] > trip.memory.capacity.num_tokens:
+            trip.enlarge(words[1])
+            trip.send(beside)
 
 
-def _contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    return None if tensor is None else tensor.contiguous()
+def _contiguous(handle: Handle) -> Handle:
+    """The handle, whose tensors a caller may have laid out anew."""
+    return Handle(*(part.contiguous() for part in handle))
 
 
-def _sent_call(
-    trip: _Trip, programs: int, *, num_rows: int = 0, fingerprint: int = 0
-) -> rank_rows.SentCall:
-    have = trip.memory.capacity
-    return rank_rows.SentCall(
-        trip.num_tokens, have.num_tokens, have.num_chunks, programs, num_rows, fingerprint
+def _empty_rows(x: Tokens, num_rows: int) -> list[torch.Tensor]:
+    """Room for received rows."""
+    parts = x if isinstance(x, tuple) else (x,)
+    return [part.new_empty((num_rows, part.shape[1])) for part in parts]
+
+
+def _empty_choices(
+    routing: RoutingShare, *shape: int
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Room for the choices of received rows, where some were given."""
+    idx, weights = routing.topk_idx, routing.topk_weights
+    return (
+        None if idx is None else idx.new_empty((*shape, idx.shape[1])),
+        None if weights is None else weights.new_empty((*shape, weights.shape[1])),
     )
 
 
 def _back_call(
     handle: Handle, memory: Generation, *, num_rows: int, num_sms: int
 ) -> rank_sums.BackCall:
-    have = memory.capacity
-    senders, reducers = shares(num_sms, back=True)
+    have, table = memory.capacity, handle.recv_src_idx
     return rank_sums.BackCall(
-        handle.num_tokens, have.num_tokens, have.num_chunks, num_rows, senders, reducers
+        handle.num_tokens,
+        have.num_tokens,
+        have.num_chunks,
+        num_rows,
+        table.shape[1] if table.dim() == 2 else 0,
+        *shares(num_sms, back=True),
     )

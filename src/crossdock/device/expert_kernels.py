@@ -124,6 +124,8 @@ class CombineShape(NamedTuple):
     use_logfmt: bool
     knows_weights: bool
     counts_waits: bool
+    compact: bool
+    x_is_compact: bool
 
 
 class CombinePlan(NamedTuple):
@@ -224,6 +226,7 @@ def partial_sum(shape: CombineShape, group: Group, *, is_float: bool) -> expert_
     hidden, num_topk = shape.hidden, shape.num_topk
     row = log_row(hidden) if shape.use_logfmt else RowFormat(_PARTIALS[is_float], hidden)
     ranges_at = align(row.payload_bytes, 16)
+    local = num_local_experts(shape.num_experts, group.size)
     return expert_sums.Partial(
         hidden=hidden,
         padded=next_power_of_two(max(hidden, _LOG_BLOCK if shape.use_logfmt else 1)),
@@ -234,7 +237,10 @@ def partial_sum(shape: CombineShape, group: Group, *, is_float: bool) -> expert_
         aligned=hidden % 8 == 0,
         num_topk=num_topk,
         padded_topk=next_power_of_two(max(num_topk, 1)),
-        local=num_local_experts(shape.num_experts, group.size),
+        local=local,
+        padded_local=next_power_of_two(local),
+        compact=shape.compact,
+        x_is_compact=shape.x_is_compact,
         tellers=0 if shape.knows_weights else _TELLERS,
         at_once=256,
         counts_waits=shape.counts_waits,

@@ -12,6 +12,8 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import torch
+
 from crossdock import _env
 from crossdock.device.constants import constants
 
@@ -33,14 +35,26 @@ class Kernel:
         self._num_warps = num_warps
         self._compiled: Any = None
         self._interpreted = _env.interprets_kernels()
+        self._marks = _env.marks_launches()
 
-    def launch(self, num_programs: int, arguments: tuple[tuple[int, ...], ...]) -> None:
+    def launch(
+        self, num_programs: int, arguments: tuple[tuple[int, ...], ...], *, half: str = ""
+    ) -> None:
         """Launch it on the current stream.
 
         Args:
             num_programs: of the grid.
             arguments: named tuples of numbers.
+            half: "send" or "receive" where it is launched in two, for the names of ranges.
         """
+        if self._marks:
+            name = f"crossdock {self._function.__name__} {half}".rstrip()
+            with torch.cuda.nvtx.range(name):
+                self._launch(num_programs, arguments)
+        else:
+            self._launch(num_programs, arguments)
+
+    def _launch(self, num_programs: int, arguments: tuple[tuple[int, ...], ...]) -> None:
         if self._interpreted:
             self._function[(num_programs,)](*arguments, *self._constants)
             return
@@ -85,11 +99,14 @@ class Launch(NamedTuple):
         Returns:
             What launches the second half, if that is still to be done, or does nothing.
         """
-        self._launch(first if hooked else first + second)
-        return partial(self._launch, second) if hooked else _nothing
+        if not hooked:
+            self.kernel.launch(first + second, self.arguments)
+            return _nothing
+        self.kernel.launch(first, self.arguments, half="send")
+        return partial(self._receive, second)
 
-    def _launch(self, num_programs: int) -> None:
-        self.kernel.launch(num_programs, self.arguments)
+    def _receive(self, num_programs: int) -> None:
+        self.kernel.launch(num_programs, self.arguments, half="receive")
 
 
 def _nothing() -> None:

@@ -10,6 +10,7 @@ T tokens here, K top-k, H hidden, R ranks, L local experts, M slots for the toke
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -27,7 +28,7 @@ from crossdock.device.expert_kernels import (
 from crossdock.device.launch import Launch
 from crossdock.device.slabs import Extras
 from crossdock.device.watch import State
-from crossdock.errors import HandleError
+from crossdock.errors import HandleError, UnsupportedError
 from crossdock.formats import TokenFormat
 from crossdock.handle import LowLatencyHandle
 from crossdock.ops.triton import expert_records, expert_sums
@@ -37,8 +38,6 @@ from crossdock.transports.session import Receive
 from crossdock.verbs import Slabs, Stats
 
 __all__ = ["DeviceLowLatency"]
-
-_NUM_ZONES = 2
 
 
 class DeviceLowLatency:
@@ -52,8 +51,6 @@ class DeviceLowLatency:
     def __init__(self, engine: Engine, *, partials: torch.dtype) -> None:
         self._engine = engine
         self._partials = partials
-        self._num_dispatches = 0
-        self._num_combines = 0
         self._buffers = WeakTensorKeyDictionary()
         self._dispatch_plan = functools.cache(self._plan_dispatch)
         self._combine_plan = functools.cache(self._plan_combine)
@@ -61,10 +58,12 @@ class DeviceLowLatency:
     def _plan_dispatch(self, shape: DispatchShape) -> DispatchPlan:
         engine = self._engine
         back_bytes = shape.hidden * self._partials.itemsize
-        return plan_dispatch(shape, engine.group, back_bytes=back_bytes, use_casts=engine.use_casts)
+        return plan_dispatch(
+            shape, engine.slack_group, back_bytes=back_bytes, use_casts=engine.use_casts
+        )
 
     def _plan_combine(self, shape: CombineShape) -> CombinePlan:
-        return plan_combine(shape, self._engine.group, partials=self._partials)
+        return plan_combine(shape, self._engine.slack_group, partials=self._partials)
 
     def dispatch(
         self,
@@ -95,12 +94,11 @@ class DeviceLowLatency:
             )
         )
         with engine.session.flight(Operation.LOW_LATENCY_DISPATCH) as attempt:
-            engine.begin()
+            engine.begin(attempt)
+            _check(x, stats, engine)
             memory = engine.memory(plan.capacity)
-            attempt.entered = True
             slabs = plan.layout.allocate(x.device)
-            zone = self._num_dispatches % _NUM_ZONES
-            self._num_dispatches += 1
+            zone = memory.next_zone(0)
             weights = _or(weights, x)
             call = _dispatch_call(x.shape[0], num_slots, engine)
             launch = Launch(
@@ -112,10 +110,12 @@ class DeviceLowLatency:
                     memory.plan.zones[zone],
                     call,
                 ),
-                (slabs, x, idx, weights, stats),
+                (slabs, x, idx, weights, stats, memory),
             )
             receivers = 1 + plan.num_timers + call.num_placers
             receive = launch.run(2 + call.num_senders, receivers, hooked=hooked)
+            if hooked:
+                receive = memory.hold_zone(0, zone, receive)
         left = engine.session.receive(attempt.call, receive, hooked=hooked)
         payload, scales, handle = slabs
         return Slabs(payload, scales, handle, left)
@@ -136,6 +136,7 @@ class DeviceLowLatency:
         idx, words = selection.topk_idx, handle.src_info
         num_tokens, num_topk = idx.shape
         extras, waits = Extras.of_handle(handle, num_topk), stats.waits
+        target = _writable(out)
         plan = self._combine_plan(
             CombineShape(
                 handle.hidden,
@@ -145,32 +146,39 @@ class DeviceLowLatency:
                 use_logfmt,
                 extras.has_weights,
                 waits is not None,
+                handle.is_compact,
+                x.dim() == 2,
             )
         )
         with engine.session.flight(Operation.LOW_LATENCY_COMBINE) as attempt:
-            engine.begin()
+            engine.begin(attempt)
+            _check(x, stats, engine)
             memory = engine.memory(plan.capacity)
-            attempt.entered = True
-            zone = self._num_combines % _NUM_ZONES
-            self._num_combines += 1
+            zone = memory.next_zone(1)
             call = _combine_call(num_tokens, handle.num_max_dispatch_tokens_per_rank, engine)
             weights, waits = _or(selection.topk_weights, x), _or(waits, x)
             launch = Launch(
                 plan.kernel,
                 (
                     expert_sums.Chosen(
-                        idx.data_ptr(), weights.data_ptr(), out.data_ptr(), waits.data_ptr()
+                        idx.data_ptr(), weights.data_ptr(), target.data_ptr(), waits.data_ptr()
                     ),
-                    expert_sums.Returned(x.data_ptr(), words.data_ptr(), *extras[:3]),
+                    expert_sums.Returned(
+                        x.data_ptr(), handle.layout_range.data_ptr(), words.data_ptr(), *extras[:3]
+                    ),
                     engine.link(memory, attempt.call, State.LOW_LATENCY_COMBINE + zone),
                     memory.plan.returns[zone],
                     call,
                 ),
-                (idx, weights, out, x, words, waits),
+                (idx, weights, target, x, words, handle.layout_range, waits, memory),
             )
             receivers = plan.num_timers + call.num_reducers
             senders = 1 + plan.num_tellers + call.num_senders
             receive = launch.run(senders, receivers, hooked=hooked)
+            if target is not out:
+                receive = _then_copy(receive, target, out)
+            if hooked:
+                receive = memory.hold_zone(1, zone, receive)
         return engine.session.receive(attempt.call, receive, hooked=hooked)
 
     def combine_buffer(self, handle: LowLatencyHandle, *, make: bool) -> torch.Tensor:
@@ -184,6 +192,17 @@ class DeviceLowLatency:
             found = torch.empty(shape, dtype=torch.bfloat16, device=handle.src_info.device)
             self._buffers[handle.src_info] = found
         return found
+
+
+def _check(x: torch.Tensor, stats: Stats, engine: Engine) -> None:
+    """Raise `UnsupportedError` for tensors that kernels here cannot reach, or count in."""
+    if x.device.type not in engine.device_types:
+        raise UnsupportedError(
+            f"the device transport moves {engine.device_types} tensors, x is on {x.device}"
+        )
+    for counted in stats:
+        if counted is not None and not counted.is_contiguous():
+            raise UnsupportedError("the device transport counts in contiguous tensors alone")
 
 
 def _tokens(x: torch.Tensor, idx: torch.Tensor, weights: torch.Tensor) -> expert_records.Tokens:
@@ -211,6 +230,22 @@ def _slabs(
     )
 
 
+def _writable(out: torch.Tensor) -> torch.Tensor:
+    """The tensor, or one in its place where kernels cannot write to it."""
+    fits = out.is_contiguous() and out.data_ptr() % 16 == 0
+    return out if fits else torch.empty(out.shape, dtype=out.dtype, device=out.device)
+
+
+def _then_copy(
+    receive: Callable[[], None], source: torch.Tensor, out: torch.Tensor
+) -> Callable[[], None]:
+    def run() -> None:
+        receive()
+        out.copy_(source)
+
+    return run
+
+
 def _or(tensor: torch.Tensor | None, other: torch.Tensor) -> torch.Tensor:
     """A tensor, or in its place one that will not be looked at."""
     return other if tensor is None else tensor
@@ -221,7 +256,7 @@ def _dispatch_call(num_tokens: int, num_slots: int, engine: Engine) -> expert_re
     most = engine.num_programs
     senders = max(min(num_tokens, most), 1)
     placers = max(min(num_tokens * engine.num_ranks, 4 * most), 1)
-    return expert_records.Call(num_tokens, num_slots, senders, placers, fingerprint=num_slots)
+    return expert_records.Call(num_tokens, num_slots, senders, placers)
 
 
 def _combine_call(num_tokens: int, num_slots: int, engine: Engine) -> expert_sums.ReturnCall:

@@ -10,16 +10,20 @@ R ranks, M slots for the tokens of a rank, K top-k, L local experts.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
 import torch
 
+from crossdock import _env
 from crossdock.config import align
-from crossdock.errors import BufferTooSmallError
+from crossdock.errors import BufferTooSmallError, HandleError, TransportError
 from crossdock.ops.triton.expert_records import Zone
 from crossdock.ops.triton.expert_sums import ReturnZone
 from crossdock.ops.triton.rank_rows import RowZone
 from crossdock.ops.triton.rank_sums import BackZone
+from crossdock.ops.triton.sync import MASKED, REPORT
+from crossdock.transports.header import Call
 from crossdock.transports.symmetric import AddressedHeap, Symmetric
 
 __all__ = ["CHUNK", "NUM_STATES", "DeviceCapacity", "Generation", "Memory", "Plan", "is_capturing"]
@@ -30,7 +34,13 @@ NUM_STATES = 8
 CHUNK = 8
 """Tokens of a high-throughput call that a flag covers."""
 
+NUM_WELCOME_WORDS = NUM_STATES + 3
+"""What a rank that returns is told: rounds of all states, turns of zones, its how manyth return."""
+
 _LINE = 128
+_CANARY = 0xA5
+"""What the bytes behind every piece of a heap hold, if they are watched."""
+
 _WATCH_WORDS = 8
 
 
@@ -83,14 +93,16 @@ class DeviceCapacity:
 
 
 class _Offsets:
-    """Hands out room, one piece after another."""
+    """Hands out room, one piece after another, with a line between that nobody writes to."""
 
     def __init__(self) -> None:
         self.end = 0
+        self.guards: list[int] = []
 
     def take(self, nbytes: int) -> int:
-        begin = self.end
-        self.end = align(begin + nbytes, _LINE)
+        begin, guard = self.end, align(self.end + nbytes, _LINE)
+        self.guards.append(guard)
+        self.end = guard + _LINE
         return begin
 
 
@@ -100,17 +112,21 @@ class Plan:
 
     Attributes:
         watch, credits: see `ops.triton.sync.Link`.
+        welcome: [R, words] int64, what each rank tells this one when it counts on it again.
         zones, returns: of the two sets of low-latency calls.
         rows, back: of high-throughput calls.
+        guards: where the lines lie that nobody writes to, one behind every piece.
         nbytes: of the whole heap.
     """
 
     watch: int
     credits: int
+    welcome: int
     zones: tuple[Zone, ...]
     returns: tuple[ReturnZone, ...]
     rows: RowZone
     back: BackZone
+    guards: tuple[int, ...]
     nbytes: int
 
     @classmethod
@@ -119,17 +135,28 @@ class Plan:
         at = _Offsets()
         watch = at.take(8 * (_WATCH_WORDS + num_ranks))
         credit = at.take(2 * 4 * num_ranks * NUM_STATES)
+        welcome = at.take(8 * NUM_WELCOME_WORDS * num_ranks)
         rows = num_ranks * capacity.slots
         zones, returns = [], []
         for _ in range(2):
-            told, counts = at.take(16 * num_ranks), at.take(8 * num_ranks * capacity.experts)
+            told, counts = at.take(16 * (num_ranks + 1)), at.take(8 * num_ranks * capacity.experts)
             flags, landing = at.take(4 * rows), at.take(rows * capacity.row_bytes)
             zones.append(Zone(landing=landing, flags=flags, counts=counts, told=told))
             flags, weights = at.take(4 * rows), at.take(8 * rows * capacity.topk)
             landing = at.take(rows * capacity.back_bytes)
             returns.append(ReturnZone(landing=landing, flags=flags, weights=weights))
         rows_zone, back_zone = cls._of_rows(capacity, num_ranks, at)
-        return cls(watch, credit, tuple(zones), tuple(returns), rows_zone, back_zone, at.end)
+        return cls(
+            watch,
+            credit,
+            welcome,
+            tuple(zones),
+            tuple(returns),
+            rows_zone,
+            back_zone,
+            tuple(at.guards),
+            at.end,
+        )
 
     @classmethod
     def _of_rows(
@@ -152,12 +179,19 @@ class Generation:
         capacity, plan: how it is divided.
         peers: [R] int64, the address of every rank's heap.
         states: [NUM_STATES] int64, rounds and tickets.
-        watch: int64 words at the beginning of this rank's heap.
+        turns: low-latency dispatches and combines so far, whose zones take turns.
+        masked: [R] int64, not 0 where this rank goes on without a rank; part of its heap.
         addresses: of peers and states.
     """
 
     def __init__(
-        self, heap: AddressedHeap, capacity: DeviceCapacity, *, rank: int, device: torch.device
+        self,
+        heap: AddressedHeap,
+        capacity: DeviceCapacity,
+        *,
+        rank: int,
+        device: torch.device,
+        report: int,
     ) -> None:
         self.capacity = capacity
         self.heap = heap
@@ -165,8 +199,58 @@ class Generation:
         self.peers = torch.tensor(heap.addresses, dtype=torch.int64, device=device)
         self.states = torch.zeros(NUM_STATES, dtype=torch.int64, device=device)
         self.addresses = (self.peers.data_ptr(), self.states.data_ptr())
-        begin, end = self.plan.watch, self.plan.credits
-        self.watch = heap.peer(rank)[begin:end].view(torch.int64)
+        self.turns = [0, 0]
+        self._held: set[tuple[int, int]] = set()
+        words = heap.peer(rank)[self.plan.watch : self.plan.credits].view(torch.int64)
+        words[REPORT.value] = report
+        self.masked = words[MASKED.value : MASKED.value + len(heap.addresses)]
+
+        own = heap.peer(rank)
+        self._guards = [own[begin : begin + _LINE] for begin in self.plan.guards]
+        if _env.debug():
+            for guard in self._guards:
+                guard.fill_(_CANARY)
+
+    def check_guards(self) -> None:
+        """Raise `TransportError` if something was written between the pieces of this heap.
+
+        Sync: waits for the device.
+        """
+        broken = [
+            begin
+            for begin, guard in zip(self.plan.guards, self._guards, strict=True)
+            if not bool((guard == _CANARY).all())
+        ]
+        if broken:
+            raise TransportError(f"something was written beyond its place, at offsets {broken}")
+
+    def next_zone(self, kind: int) -> int:
+        """Whose turn it is: 0 and 1, for dispatches (kind 0) and combines (kind 1).
+
+        Raises:
+            HandleError: the call before the last has not been received here.
+        """
+        zone = self.turns[kind] % len(self.plan.zones)
+        if (kind, zone) in self._held:
+            raise HandleError("the call before the last is in flight still: run its hook first")
+        self.turns[kind] += 1
+        return zone
+
+    def hold_zone(self, kind: int, zone: int, receive: Callable[[], None]) -> Callable[[], None]:
+        """The receiving half of a call, after which its zone may be taken again."""
+        self._held.add((kind, zone))
+
+        def run() -> None:
+            receive()
+            self._held.discard((kind, zone))
+
+        return run
+
+    def welcome_of(self, rank: int) -> torch.Tensor:
+        """What a rank is told when it returns: a row for each rank that tells, int64."""
+        begin, num_ranks = self.plan.welcome, len(self.heap.addresses)
+        end = begin + 8 * NUM_WELCOME_WORDS * num_ranks
+        return self.heap.peer(rank)[begin:end].view(torch.int64).view(num_ranks, -1)
 
 
 class Memory:
@@ -183,7 +267,7 @@ class Memory:
         self._kept: list[Generation] = []
         self.current: Generation | None = None
 
-    def covering(self, wanted: DeviceCapacity, report: int) -> Generation:
+    def covering(self, wanted: DeviceCapacity, report: int, call: Call) -> Generation:
         """A heap with room for a call; the same on all ranks, since the call is.
 
         Collective: when the heap is too small, all ranks. Sync: then waits for them all.
@@ -191,8 +275,10 @@ class Memory:
         Args:
             wanted: what the call needs.
             report: address that kernels report to.
+            call: that needs it.
 
         Raises:
+            PeerTimeoutError: it has to grow, and some ranks did not come.
             BufferTooSmallError: it would exceed the limit, or a graph is being captured.
         """
         current = self.current
@@ -201,12 +287,15 @@ class Memory:
         have = DeviceCapacity() if current is None else current.capacity
         needed = have.covering(wanted)
         nbytes = Plan.of(needed, self._num_ranks).nbytes
-        limit = self._transport.max_bytes
+        limit, masks = self._transport.max_bytes, self._transport.masks
         if is_capturing():
             raise self._too_small(nbytes, current, "max_tokens_per_rank, or a call before capture")
+        if masks is not None and masks.masked():
+            raise self._too_small(nbytes, current, "max_tokens_per_rank, or fewer masks")
         if limit and nbytes > limit:
             raise BufferTooSmallError(nbytes, limit, argument="max_buffer_bytes", rank=self._rank)
-        return self._replace(needed, nbytes, report)
+        heap = self._transport.reserve(nbytes, call)
+        return self._replace(heap, needed, report)
 
     def _too_small(
         self, nbytes: int, current: Generation | None, argument: str
@@ -218,16 +307,15 @@ class Memory:
         """Where high-throughput rows land on this rank, as uint8."""
         if self.current is None:
             return None
-        begin, end = self.current.plan.rows.landing, self.current.plan.back.kept
+        plan = self.current.plan
+        begin = plan.rows.landing
+        end = min(guard for guard in plan.guards if guard >= begin)
         return self.current.heap.peer(self._rank)[begin:end]
 
-    def _replace(self, capacity: DeviceCapacity, nbytes: int, report: int) -> Generation:
-        heap = self._transport.reserve(nbytes)
-        made = Generation(heap, capacity, rank=self._rank, device=self._transport.device)
-        told = [0, int(self._transport.can_shrink), report]
-        made.watch[: len(told)] = torch.tensor(told, dtype=torch.int64, device=made.watch.device)
-        self.current = made
-        return made
+    def _replace(self, heap: AddressedHeap, capacity: DeviceCapacity, report: int) -> Generation:
+        device = self._transport.device
+        self.current = Generation(heap, capacity, rank=self._rank, device=device, report=report)
+        return self.current
 
     def clear(self) -> None:
         """Give all heaps up, after what runs on the device is over."""

@@ -1,4 +1,4 @@
-"""The kernels of high-throughput calls, and the constants they are compiled for."""
+"""What is worked out once for high-throughput calls of a kind: kernels, constants, sizes."""
 
 from __future__ import annotations
 
@@ -13,19 +13,25 @@ import triton.language as tl
 from crossdock.config import align
 from crossdock.device.constants import next_power_of_two, widest_word
 from crossdock.device.launch import Kernel
-from crossdock.device.memory import CHUNK
+from crossdock.device.memory import CHUNK, DeviceCapacity
 from crossdock.device.watch import State
 from crossdock.formats import RowFormat
 from crossdock.ops.triton import rank_routes, rank_rows, rank_sums
 from crossdock.ops.triton.sync import Group
 
 __all__ = [
+    "CombinePlan",
+    "CombineShape",
+    "DispatchPlan",
+    "DispatchShape",
     "Shares",
     "addresses_received",
     "addresses_sent",
     "back_row",
     "combine_kernel",
     "place_kernel",
+    "plan_combine",
+    "plan_dispatch",
     "rank_row",
     "route_kernel",
     "send_kernel",
@@ -34,14 +40,17 @@ __all__ = [
 
 _DISPATCH_WORDS, _COMBINE_WORDS = 4096, 8192
 """Words of 8 bytes that a program moves at once."""
+_FEW_RANKS = 4
+"""The rows of more ranks do not fit into registers when so many are added up at once."""
 _TOKENS_AT_ONCE = 1024
 _DTYPES = MappingProxyType(
     {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 )
 
 
-@functools.cache
-def rank_row(form: RowFormat, *, num_topk: int, has_weights: bool, local: int) -> rank_rows.RankRow:
+def rank_row(
+    form: RowFormat, *, num_topk: int, has_weights: bool, local: int, viewed: bool = False
+) -> rank_rows.RankRow:
     """The constants of the dispatch kernels."""
     word = widest_word(form.payload_bytes)
     num_words = max(form.payload_bytes // min(word, 8), 1)
@@ -64,21 +73,24 @@ def rank_row(form: RowFormat, *, num_topk: int, has_weights: bool, local: int) -
         local=local,
         rows=max(min(_DISPATCH_WORDS // padded, CHUNK), 1),
         chunk=CHUNK,
+        viewed=viewed,
     )
 
 
-@functools.cache
-def back_row(dtype: torch.dtype, hidden: int, *, num_topk: int, num_bias: int) -> rank_sums.BackRow:
+def back_row(
+    dtype: torch.dtype, hidden: int, *, num_topk: int, num_bias: int, num_ranks: int
+) -> rank_sums.BackRow:
     """The constants of the combine kernel."""
     num_bytes = hidden * dtype.itemsize
     word = widest_word(num_bytes)
     num_words = max(num_bytes // min(word, 8), 1)
     padded = next_power_of_two(num_words)
-    weights_at = align(num_bytes, 16)
+    weights_at, columns = align(num_bytes, 16), next_power_of_two(max(hidden, 1))
+    at_once = _COMBINE_WORDS if num_ranks <= _FEW_RANKS else _COMBINE_WORDS // 2
     return rank_sums.BackRow(
         element=_DTYPES[dtype],
         hidden=hidden,
-        padded=next_power_of_two(max(hidden, 1)),
+        padded=columns,
         num_bytes=num_bytes,
         word=word,
         num_words=num_words,
@@ -88,17 +100,18 @@ def back_row(dtype: torch.dtype, hidden: int, *, num_topk: int, num_bias: int) -
         num_topk=num_topk,
         padded_topk=next_power_of_two(max(num_topk, 1)),
         num_bias=num_bias,
-        rows=max(min(_COMBINE_WORDS // padded, CHUNK), 1),
-        sums=max(min(2 * _COMBINE_WORDS // next_power_of_two(max(hidden, 1)), CHUNK), 1),
+        rows=max(min(at_once // padded, CHUNK) // (2 if num_topk else 1), 1),
+        sums=max(min(2 * at_once // columns, CHUNK), 1),
         chunk=CHUNK,
     )
 
 
 @functools.cache
-def route_kernel(local: int, group: Group) -> Kernel:
+def route_kernel(local: int, group: Group, *, times: bool = False) -> Kernel:
     """The kernel that numbers rows."""
     padded = next_power_of_two(max(local, 1))
-    return Kernel(rank_routes.route_ranks, _TOKENS_AT_ONCE, local, padded, group, num_warps=8)
+    constants = (State.PLACE, _TOKENS_AT_ONCE, local, padded, times, group)
+    return Kernel(rank_routes.route_ranks, *constants, num_warps=8)
 
 
 @functools.cache
@@ -109,17 +122,136 @@ def send_kernel(row: rank_rows.RankRow, group: Group) -> Kernel:
 
 
 @functools.cache
-def place_kernel(row: rank_rows.RankRow, group: Group, pads: bool) -> Kernel:
+def place_kernel(
+    row: rank_rows.RankRow, group: Group, *, pads: bool, times: bool = False
+) -> Kernel:
     """The kernel that places rows."""
     num_warps = _num_warps(row.rows * row.padded_words)
-    return Kernel(rank_rows.place_ranks, row, pads, group, num_warps=num_warps)
+    return Kernel(rank_rows.place_ranks, row, pads, times, group, num_warps=num_warps)
 
 
 @functools.cache
-def combine_kernel(row: rank_sums.BackRow, group: Group) -> Kernel:
-    """The kernel that sends rows back and adds them up."""
-    num_warps = _num_warps(row.rows * row.padded_words)
-    return Kernel(rank_sums.combine_ranks, row, group, num_warps=num_warps)
+def combine_kernel(row: rank_sums.BackRow, group: Group, *, times: bool = False) -> Kernel:
+    """The kernel that sends rows back and adds them up.
+
+    Half as many rows are sent at a time where weights go with them, by as many warps.
+    """
+    num_warps = _num_warps(row.rows * row.padded_words * (2 if row.num_topk else 1))
+    return Kernel(rank_sums.combine_ranks, row, times, group, num_warps=num_warps)
+
+
+class DispatchShape(NamedTuple):
+    """What dispatches of a kind have in common.
+
+    Attributes:
+        form: of rows.
+        num_topk: K; 0 if the call names no experts.
+        has_weights: whether weights travel.
+        local: L.
+        pads: whether the result has rows behind those that come.
+        viewed: whether rows stay where they land.
+        counts_waits: whether programs measure how long each rank is waited for.
+        num_tokens: tokens of a rank to make room for in advance.
+        group: the ranks.
+    """
+
+    form: RowFormat
+    num_topk: int
+    has_weights: bool
+    local: int
+    pads: bool
+    viewed: bool
+    counts_waits: bool
+    num_tokens: int
+    group: Group
+
+
+class DispatchPlan(NamedTuple):
+    """What is worked out once for dispatches of a kind.
+
+    Attributes:
+        row: how rows are made.
+        route, send, place: the kernels.
+        capacity: what they and their combines need of the heap.
+        num_timers: programs that measure how long each rank is waited for.
+    """
+
+    row: rank_rows.RankRow
+    route: Kernel
+    send: Kernel
+    place: Kernel
+    capacity: DeviceCapacity
+    num_timers: int
+
+
+@functools.cache
+def plan_dispatch(shape: DispatchShape) -> DispatchPlan:
+    """The plan of dispatches of a kind."""
+    form, group = shape.form, shape.group
+    row = rank_row(
+        form,
+        num_topk=shape.num_topk,
+        has_weights=shape.has_weights,
+        local=shape.local,
+        viewed=shape.viewed,
+    )
+    back = form.hidden * max(2, min(form.element.itemsize, 4)) + 4 * shape.num_topk
+    return DispatchPlan(
+        row,
+        route_kernel(shape.local, group, times=shape.counts_waits),
+        send_kernel(row, group),
+        place_kernel(row, group, pads=shape.pads, times=shape.counts_waits),
+        DeviceCapacity(
+            num_tokens=shape.num_tokens,
+            token_bytes=row.stride,
+            sum_bytes=align(back, 16) + 16,
+            experts=shape.local,
+        ),
+        num_timers=group.size * shape.counts_waits,
+    )
+
+
+class CombineShape(NamedTuple):
+    """What combines of a kind have in common: dtype, H, K (0 without weights), biases, ranks.
+
+    Also whether programs measure how long each rank is waited for.
+    """
+
+    dtype: torch.dtype
+    hidden: int
+    num_topk: int
+    num_bias: int
+    counts_waits: bool
+    group: Group
+
+
+class CombinePlan(NamedTuple):
+    """What is worked out once for combines of a kind.
+
+    Attributes:
+        kernel, capacity, num_timers: see `DispatchPlan`.
+    """
+
+    kernel: Kernel
+    capacity: DeviceCapacity
+    num_timers: int
+
+
+@functools.cache
+def plan_combine(shape: CombineShape) -> CombinePlan:
+    """The plan of combines of a kind."""
+    row = back_row(
+        shape.dtype,
+        shape.hidden,
+        num_topk=shape.num_topk,
+        num_bias=shape.num_bias,
+        num_ranks=shape.group.size,
+    )
+    return CombinePlan(
+        combine_kernel(row, shape.group, times=shape.counts_waits),
+        DeviceCapacity(sum_bytes=row.stride),
+        num_timers=shape.group.size * shape.counts_waits,
+    )
 
 
 class Shares(NamedTuple):
@@ -129,9 +261,14 @@ class Shares(NamedTuple):
     others: int
 
 
-def shares(num_sms: int, *, back: bool = False) -> Shares:
-    """A third of the programs keeps the link busy; more than 32 (64 on the way back) do no good."""
-    senders = min(max(num_sms // (2 if back else 3), 1), 64 if back else 32)
+@functools.cache
+def shares(num_sms: int, *, back: bool = False, viewed: bool = False) -> Shares:
+    """A third of the programs keeps the link busy; more than 32 (64 on the way back) do no good.
+
+    Where nothing is placed, most of them send.
+    """
+    senders = num_sms * 3 // 4 if viewed else num_sms // (2 if back else 3)
+    senders = min(max(senders, 1), 64 if back else 32)
     return Shares(senders, max(num_sms - senders, 1))
 
 
@@ -174,6 +311,7 @@ def addresses_received(
     *,
     idx: torch.Tensor | None = None,
     weights: torch.Tensor | None = None,
+    waits: torch.Tensor | None = None,
 ) -> rank_rows.Received:
     """What the kernels are told of rows to receive; where something is missing, any address.
 
@@ -182,6 +320,7 @@ def addresses_received(
         of_handle: `recv_src_idx`, `rank_prefix_matrix` and the chunks.
         idx: [N, K] int64.
         weights: [N, K] float32.
+        waits: [R] int64.
     """
     src_idx, prefix, chunks = of_handle
     return rank_rows.Received(
@@ -192,4 +331,5 @@ def addresses_received(
         src_idx.data_ptr(),
         prefix.data_ptr(),
         chunks.data_ptr(),
+        (prefix if waits is None else waits).data_ptr(),
     )

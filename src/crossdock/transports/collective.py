@@ -19,7 +19,6 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import PrefixStore
 
 from crossdock import ops
 from crossdock.errors import PeerTimeoutError, StoreLostError, TransportError
@@ -86,9 +85,10 @@ class Collective:
         self._rank, self._num_ranks = topology.rank, topology.num_ranks
         self._group = group
         self._device = torch.device("cuda" if topology.uses_cuda else "cpu")
-        made = topology.allgather(time.time_ns())
-        store = PrefixStore(f"crossdock/{made[0]}", group.get_group_store())
-        self._notes = Notes(store, rank=self._rank, num_ranks=self._num_ranks)
+        notes = Notes.of(topology)
+        if notes is None:
+            raise TransportError("needs a torch.distributed process group")
+        self._notes = notes
 
     def route(self, call: Call, header: Header, share: torch.Tensor) -> Routed:
         """See `Transport.route`."""

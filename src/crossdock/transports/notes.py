@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import time
 from collections.abc import Iterator
 
 from torch.distributed.distributed_c10d import PrefixStore
 
 from crossdock.errors import StoreLostError
+from crossdock.topology import Topology
 from crossdock.transports.header import Call, Header
 
 __all__ = ["UNUSABLE_GROUP", "Notes"]
@@ -33,6 +35,18 @@ class Notes:
     def __init__(self, store: PrefixStore, *, rank: int, num_ranks: int) -> None:
         self._store, self._rank = store, rank
         self._ranks = range(num_ranks)
+
+    @classmethod
+    def of(cls, topology: Topology) -> Notes | None:
+        """Notes of this buffer alone; None where the group has no store.
+
+        Collective: all ranks. Sync: waits for them.
+        """
+        if topology.group is None:
+            return None
+        made = topology.allgather(time.time_ns())
+        store = PrefixStore(f"crossdock/{made[0]}", topology.group.get_group_store())
+        return cls(store, rank=topology.rank, num_ranks=topology.num_ranks)
 
     def enter(self, call: Call, header: Header) -> None:
         """Note that this rank has come to a call."""

@@ -10,18 +10,21 @@ Without a GPU the same kernels run in Triton's interpreter, over shared memory b
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import Protocol
 
 import torch
 
 from crossdock import _env
-from crossdock.errors import TransportError
+from crossdock.errors import PeerTimeoutError, StoreLostError, TransportError
 from crossdock.topology import Topology
-from crossdock.transports.base import Masks
+from crossdock.transports.base import Deadline, Masks
+from crossdock.transports.control import Backoff
 from crossdock.transports.header import Call, Header
 from crossdock.transports.heap_cuda import CudaHeap, check_peer_access, this_gpu
 from crossdock.transports.heap_shm import Address, Segment, ShmHeap
+from crossdock.transports.notes import Notes
 
 __all__ = ["GAVE_UP", "AddressedHeap", "Symmetric"]
 
@@ -96,6 +99,7 @@ class Symmetric:
         self.stream: torch.cuda.Stream | None = None
         self.heap: AddressedHeap | None = None
         self._held: HeldMemory | None = None
+        self._notes = Notes.of(topology)
         if not self.is_interpreted:
             self._check_gpus()
             self.stream = torch.cuda.Stream(self.device)
@@ -117,16 +121,49 @@ class Symmetric:
             return torch.device("cpu")
         return torch.device("cuda", torch.cuda.current_device())
 
-    def reserve(self, nbytes: int) -> AddressedHeap:
+    def reserve(self, nbytes: int, call: Call) -> AddressedHeap:
         """A new heap of so many bytes, zeroed on all ranks, in place of the one before.
 
+        Args:
+            nbytes: of each rank.
+            call: that needs it.
+
         Collective: all ranks. Sync: waits for all ranks, and for the device.
+
+        Raises:
+            PeerTimeoutError: some ranks did not come to the call before its deadline.
+            TransportError: a rank gave up.
         """
+        self._muster(call)
         made = CudaHeap if not self.is_interpreted else _InterpretedHeap
         heap: AddressedHeap = made(self.topology, nbytes)
         self.topology.allgather(None)
         self.heap = heap
         return heap
+
+    def _muster(self, call: Call) -> None:
+        """Wait until all ranks have come to a call: what follows cannot end without them."""
+        if self._notes is None:
+            return
+        self._notes.enter(call, Header(operation=call.operation, sequence=call.sequence))
+        deadline, backoff = Deadline(call.timeout_s), Backoff()
+        while True:
+            for rank, text, _ in self._notes.failures():
+                raise TransportError(f"rank {rank} gave up: {text}")
+            entered = self._notes.entered()
+            late = [rank for rank, (number, _) in entered.items() if number < call.sequence]
+            if not late:
+                return
+            if deadline.passed:
+                raise PeerTimeoutError(
+                    late,
+                    operation=str(call.operation),
+                    epoch=call.sequence,
+                    phase="grow",
+                    waited_s=deadline.waited_s,
+                    peers={rank: text for rank, (_, text) in entered.items()},
+                )
+            backoff.pause()
 
     def refuse(self, call: Call, header: Header, reason: str) -> None:
         """See `Carrier.refuse`."""
@@ -134,10 +171,15 @@ class Symmetric:
 
     def fail(self, call: Call, error: BaseException) -> None:
         """See `Carrier.fail`. Kernels of the peers that wait end at once."""
+        if self._notes is not None:
+            with contextlib.suppress(StoreLostError):
+                self._notes.give_up(str(error), getattr(error, "missing", []))
         if self.heap is None:
             return
         stream = None if self.is_interpreted else torch.cuda.Stream(self.device)
         with torch.cuda.stream(stream):
+            if self.heap.peer(self.topology.rank)[:8].view(torch.int64).item():
+                return  # the peers find out as this rank has
             for rank in range(self.topology.num_ranks):
                 failed = self.heap.peer(rank)[:8].view(torch.int64)
                 failed.fill_(GAVE_UP + self.topology.rank)

@@ -89,7 +89,8 @@ class Zone(NamedTuple):
         landing: [R, M] rows.
         flags: [R, M] int32, `2 * number + whether there is a row`.
         counts: [R, L] tagged: rows for each of the receiver's experts.
-        told: [R, 2] tagged: number of tokens, fingerprint of the call.
+        told: [R, 2] tagged: number of tokens, and the ranks that are masked, a bit each; behind
+            that, written here, the ranks whose rows this rank takes.
     """
 
     landing: Address
@@ -132,11 +133,9 @@ class Call(NamedTuple):
         num_tokens: T.
         num_slots: M.
         num_senders, num_placers: programs.
-        fingerprint: equal on all ranks if they make the same call.
     """
 
     num_tokens: int
     num_slots: int
     num_senders: int
     num_placers: int
-    fingerprint: int

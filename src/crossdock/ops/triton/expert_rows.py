@@ -28,6 +28,8 @@ from crossdock.ops.triton.sync import (
     enter,
     heap_of,
     heaps_of,
+    is_counted_on,
+    mask_ranks,
     post_rounds,
     raise_flags,
     row_at,
@@ -36,6 +38,7 @@ from crossdock.ops.triton.sync import (
     time_tagged,
     wait_flags,
     wait_for_credit,
+    wait_here,
     wait_tagged,
     words_at,
 )
@@ -78,24 +81,35 @@ def dispatch_experts(
         _time(own, slabs, ticket - call.num_senders - 3, link, zone, call, number, E, G)
     else:
         peer = tl.arange(0, G.padded)
+        there = (1 << G.size) - 1
+        if G.can_shrink:
+            there = wait_here(words_at(own + zone.told, 8) + 2 * G.size, number, link, G)
         words = words_at(own + zone.told, 8) + 2 * peer
-        num_sent = wait_tagged(words, peer < G.size, peer, number, link, COUNTS, G)
+        wanted = (peer < G.size) & (((there >> peer) & 1) != 0)
+        num_sent = wait_tagged(words, wanted, peer, number, link, COUNTS, G)
         num_items = G.size * tl.minimum(tl.max(num_sent), call.num_slots)
         first = ticket - call.num_senders - 3 - TIMERS
         for item in range(first, num_items, call.num_placers):
             src = (link.rank + item) % G.size
             if item // G.size < tl.sum(tl.where(peer == src, num_sent, 0)):
-                _place(own, slabs, src, item // G.size, link, zone, call, number, ROW, E, G)
+                token = item // G.size
+                _place(own, slabs, src, token, there, link, zone, call, number, ROW, E, G)
 
 
 @triton.jit
 def _tell(topk_idx, link, zone, call, number, E: tl.constexpr, G: tl.constexpr):
-    """Tell every rank how many tokens there are here, and how many rows for each of its experts."""
+    """Tell every rank how many tokens there are here, and how many rows for each of its experts.
+
+    And the masks of this rank, which all take over.
+    """
     peer = tl.arange(0, G.padded)
     base = heaps_of(link, peer, peer < G.size)
     words = words_at(base + zone.told, 8) + 2 * link.rank
     tl.store(words, tagged(peer * 0 + call.num_tokens, number), mask=peer < G.size)
-    tl.store(words + 1, tagged(peer * 0 + call.fingerprint, number), mask=peer < G.size)
+    if G.can_shrink:
+        masked = is_counted_on(link, peer) == 0
+        bits = tl.sum(tl.where(masked & (peer < G.size), 1 << peer, 0))
+        tl.store(words + 1, tagged(peer * 0 + bits, number), mask=peer < G.size)
     expert = tl.arange(0, E.bins)
     real = expert < G.size * E.local
     base = heaps_of(link, expert // E.local, real)
@@ -190,7 +204,11 @@ def _lay_out(own, slabs, link, zone, call, number, E: tl.constexpr, G: tl.conste
     words = words_at(own + zone.counts, 8) + src[:, None] * E.local + expert[None, :]
     real = (src[:, None] < G.size) & (expert[None, :] < E.local)
     ranks = src[:, None] + expert[None, :] * 0
+    if G.can_shrink:
+        there = _agree(own, link, zone, call, number, E, G)
+        real = real & there[:, None]
     counts = wait_tagged(words, real, ranks, number, link, COUNTS, G)
+    real = (src[:, None] < G.size) & (expert[None, :] < E.local)
     begin = tl.cumsum(counts, 0) - counts
     words = words_at(slabs.layout_range, 8) + expert[None, :] * G.size + src[:, None]
     tl.store(words, (begin.to(tl.int64) << 32) | counts.to(tl.int64), mask=real)
@@ -202,7 +220,35 @@ def _lay_out(own, slabs, link, zone, call, number, E: tl.constexpr, G: tl.conste
         tl.store(received, before + total, mask=expert < E.local)
     words = words_at(own + zone.told, 8) + 2 * src
     num_sent = wait_tagged(words, src < G.size, src, number, link, COUNTS, G)
+    if G.can_shrink:
+        num_sent = tl.where(there, num_sent, -1)
     tl.store(words_at(slabs.src_info, 4) + slabs.num_sent + src, num_sent, mask=src < G.size)
+
+
+@triton.jit
+def _agree(own, link, zone, call, number, E: tl.constexpr, G: tl.constexpr):
+    """Take over the masks of all ranks, wait for the rows of the others, and say whose count.
+
+    Rows are placed after that alone: who is lost while they arrive must leave no gaps.
+    """
+    peer = tl.arange(0, G.padded)
+    words = words_at(own + zone.told, 8) + 2 * peer
+    num_sent = wait_tagged(words, peer < G.size, peer, number, link, COUNTS, G)
+    bits = wait_tagged(words + 1, peer < G.size, peer, number, link, COUNTS, G)
+    masked = tl.max((bits[:, None] >> peer[None, :]) & 1, 0) != 0
+    mask_ranks(masked & (peer < G.size), link, G)
+    tl.debug_barrier()
+    SIZE: tl.constexpr = G.size
+    for src in tl.static_range(SIZE):
+        num = tl.minimum(tl.sum(tl.where(peer == src, num_sent, 0)), call.num_slots)
+        for begin in range(0, num, E.tokens):
+            token = begin + tl.arange(0, E.tokens)
+            flags = words_at(own + zone.flags, 4) + src * call.num_slots + token
+            wait_flags(flags, token < num, token * 0 + src, number, link, ROWS, G, 1)
+    there = is_counted_on(link, peer) & (peer < G.size)
+    word = words_at(own + zone.told, 8) + 2 * G.size
+    tl.store(word, tagged(tl.sum(tl.where(there, 1 << peer, 0)), number))
+    return there
 
 
 @triton.jit
@@ -227,6 +273,7 @@ def _place(
     slabs,
     src,
     token,
+    there,
     link,
     zone,
     call,
@@ -243,12 +290,14 @@ def _place(
     to = words_at(slabs.src_info, 4) + slabs.row_of + item * E.num_topk + slot
     if tl.max(flag) == number * 2 + 1:
         at = own + zone.landing + tl.cast(item, tl.int64) * ROW.stride
+        # On its way while its places are worked out.
+        payload, scales = _load_landed(at, ROW)
         choices = tl.load(
             words_at(at + ROW.choices_at, 8) + slot, mask=slot < E.num_topk, other=0x7FFFFFFF
         )
         local = (choices & 0x7FFFFFFF).to(tl.int32) - link.rank * E.local
         is_here = (slot < E.num_topk) & (local >= 0) & (local < E.local)
-        begin = _begin_of(own, local, is_here, src, link, zone, call, number, E, G)
+        begin = _begin_of(own, local, is_here, src, there, link, zone, call, number, E, G)
         rows = begin + (choices >> 32).to(tl.int32)
         limit = call.num_slots * (G.size * (min(E.num_topk, E.local) if E.compact else E.local))
         is_here = is_here & (rows >= 0) & (rows < limit)
@@ -259,23 +308,26 @@ def _place(
             weights = tl.load(words, mask=is_here, other=0)
             words = words_at(slabs.src_info, 4) + slabs.weights + item * E.num_topk + slot
             tl.store(words, weights, mask=is_here)
-        _copy(at, slabs, tl.where(is_here, rows, -1), call, ROW, E, G)
+        _store_placed(slabs, payload, scales, tl.where(is_here, rows, -1), call, ROW, E, G)
     else:
         tl.store(to, slot * 0 - 1, mask=slot < E.num_topk)
 
 
 @triton.jit
-def _begin_of(own, local, is_here, src, link, zone, call, number, E: tl.constexpr, G: tl.constexpr):
+def _begin_of(
+    own, local, is_here, src, there, link, zone, call, number, E: tl.constexpr, G: tl.constexpr
+):
     """The first row that each of these experts has of a rank: [K] int32."""
     lower = tl.arange(0, G.padded)
     words = words_at(own + zone.counts, 8) + lower[:, None] * E.local + local[None, :]
-    wanted = (lower < src)[:, None] & is_here[None, :]
+    counts = (lower < G.size) & (((there >> lower) & 1) != 0)
+    wanted = (counts & (lower < src))[:, None] & is_here[None, :]
     ranks = lower[:, None] + local[None, :] * 0
     before = tl.sum(wait_tagged(words, wanted, ranks, number, link, COUNTS, G), 0)
     if E.compact:
         expert = tl.arange(0, E.padded_local)
         words = words_at(own + zone.counts, 8) + lower[:, None] * E.local + expert[None, :]
-        wanted = (lower < G.size)[:, None] & (expert < E.local)[None, :]
+        wanted = counts[:, None] & (expert < E.local)[None, :]
         ranks = lower[:, None] + expert[None, :] * 0
         total = tl.sum(wait_tagged(words, wanted, ranks, number, link, COUNTS, G), 0)
         below = expert[None, :] < local[:, None]
@@ -285,16 +337,26 @@ def _begin_of(own, local, is_here, src, link, zone, call, number, E: tl.constexp
 
 
 @triton.jit
-def _copy(at, slabs, rows, call, ROW: tl.constexpr, E: tl.constexpr, G: tl.constexpr):
-    """Copy the row that has landed to the rows of the slabs that are not -1, to each once."""
+def _load_landed(at, ROW: tl.constexpr):
+    """Payload and scales of a row that has landed."""
+    word = tl.arange(0, ROW.padded_words)
+    scale = tl.arange(0, ROW.padded_scales)
+    payload = tl.load(words_at(at, ROW.word) + word, mask=word < ROW.num_words)
+    scales = tl.zeros([ROW.padded_scales], tl.int32)
+    if ROW.num_scales:
+        words = words_at(at + ROW.scales_at, 4) + scale
+        scales = tl.load(words, mask=scale < ROW.num_scales)
+    return payload, scales
+
+
+@triton.jit
+def _store_placed(
+    slabs, payload, scales, rows, call, ROW: tl.constexpr, E: tl.constexpr, G: tl.constexpr
+):
+    """Write a row to the rows of the slabs that are not -1, to each once."""
     slot = tl.arange(0, E.padded_topk)
     word = tl.arange(0, ROW.padded_words)
     scale = tl.arange(0, ROW.padded_scales)
-    is_there = tl.max(rows) >= 0
-    payload = tl.load(words_at(at, ROW.word) + word, mask=(word < ROW.num_words) & is_there)
-    if ROW.num_scales:
-        words = words_at(at + ROW.scales_at, 4) + scale
-        scales = tl.load(words, mask=(scale < ROW.num_scales) & is_there)
     K: tl.constexpr = E.num_topk
     for k in tl.static_range(K):
         row = tl.sum(tl.where(slot == k, rows, 0))

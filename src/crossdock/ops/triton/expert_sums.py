@@ -55,7 +55,8 @@ class Partial(NamedTuple):
         stride: bytes from row to row.
         aligned: whether rows of x begin on 16-byte bounds.
         num_topk, padded_topk: K.
-        local: L.
+        local, padded_local: L.
+        compact, x_is_compact: whether dispatch laid rows back to back, and whether x is laid so.
         tellers: programs that send weights ahead; 0 where dispatch was given them.
         at_once: weights that one sends at a time, a power of two.
         counts_waits: whether programs measure how long each rank is waited for.
@@ -71,6 +72,9 @@ class Partial(NamedTuple):
     num_topk: int
     padded_topk: int
     local: int
+    padded_local: int
+    compact: bool
+    x_is_compact: bool
     tellers: int
     at_once: int
     counts_waits: bool
@@ -89,9 +93,10 @@ class Chosen(NamedTuple):
 
 
 class Returned(NamedTuple):
-    """What the experts return: x, and of `Slabs` src_info and what lies behind it."""
+    """What the experts return: x, and of `Slabs` layout_range, src_info, and what lies behind."""
 
     x: Address
+    layout_range: Address
     src_info: Address
     row_of: int
     weights: int
@@ -144,11 +149,12 @@ def combine_experts(chosen, returned, link, zone, call, P: tl.constexpr, G: tl.c
             if item // G.size < tl.sum(tl.where(peer == src, num_sent, 0)):
                 _send_sum(own, returned, src, item // G.size, link, zone, call, number, P, G)
     elif ticket < TELLERS + call.num_senders + TIMERS:
-        _time(own, chosen, ticket - TELLERS - call.num_senders, link, zone, call, number, P, G)
+        src = ticket - TELLERS - call.num_senders
+        _time(own, chosen, returned, src, link, zone, call, number, P, G)
     else:
         first = ticket - TELLERS - call.num_senders - TIMERS
         for token in range(first, call.num_tokens, call.num_reducers):
-            _reduce(own, chosen, token, link, zone, call, number, P, G)
+            _reduce(own, chosen, returned, token, link, zone, call, number, P, G)
 
 
 @triton.jit
@@ -197,6 +203,32 @@ def _weights(own, returned, word, rows, src, link, zone, number, P: tl.constexpr
 
 
 @triton.jit
+def _rows_of_x(returned, rows, call, P: tl.constexpr, G: tl.constexpr):
+    """The rows of x, which may be laid out in the other of the two ways: [K] int32, -1 for none."""
+    if P.compact == P.x_is_compact:
+        return rows
+    else:
+        expert = tl.arange(0, P.padded_local)
+        last = words_at(returned.layout_range, 8) + expert * G.size + (G.size - 1)
+        found = tl.load(last, mask=expert < P.local, other=0)
+        counts = ((found >> 32) + (found & 0x7FFFFFFF)).to(tl.int32)
+        end = tl.cumsum(counts, 0)
+        slab_rows = G.size * call.num_slots
+        if P.compact:
+            is_behind = (rows[:, None] >= end[None, :]) & (expert < P.local)[None, :]
+            of_row = tl.sum(is_behind.to(tl.int32), 1)
+        else:
+            of_row = rows // slab_rows
+        is_it = of_row[:, None] == expert[None, :]
+        begin = tl.sum(tl.where(is_it, (end - counts)[None, :], 0), 1)
+        shift = of_row * slab_rows - begin
+        if P.compact:
+            return tl.where(rows >= 0, rows + shift, -1)
+        else:
+            return tl.where(rows >= 0, rows - shift, -1)
+
+
+@triton.jit
 def _send_sum(
     own, returned, src, token, link, zone, call, number, P: tl.constexpr, G: tl.constexpr
 ):
@@ -208,6 +240,7 @@ def _send_sum(
         words_at(returned.src_info, 4) + returned.row_of + word, mask=slot < P.num_topk, other=-1
     )
     if tl.max(rows) >= 0:
+        rows = _rows_of_x(returned, rows, call, P, G)
         chosen = rows >= 0
         nth = tl.cumsum(chosen.to(tl.int32), 0) - 1
         first, second = chosen & (nth == 0), chosen & (nth == 1)
@@ -227,6 +260,13 @@ def _send_sum(
         _store_sum(base + zone.landing + begin, total, P, G)
         flag = words_at(base + zone.flags, 4) + link.rank * call.num_slots + token
         raise_flags(flag, None, number)
+
+
+@triton.jit
+def _was_there(returned, ranks, G: tl.constexpr):
+    """Whether ranks took part in the dispatch: what they got nothing of they do not return."""
+    words = words_at(returned.src_info, 4) + returned.num_sent + ranks
+    return tl.load(words, mask=ranks < G.size, other=-1) >= 0
 
 
 @triton.jit
@@ -261,7 +301,7 @@ def _load_sum(at, here, P: tl.constexpr):
 
 
 @triton.jit
-def _time(own, chosen, src, link, zone, call, number, P: tl.constexpr, G: tl.constexpr):
+def _time(own, chosen, returned, src, link, zone, call, number, P: tl.constexpr, G: tl.constexpr):
     """Measure how long the rows of a rank are waited for."""
     slot, spent = tl.arange(0, P.padded_topk), tl.cast(0, tl.int64)
     SIZE: tl.constexpr = P.at_once // P.padded_topk
@@ -271,6 +311,8 @@ def _time(own, chosen, src, link, zone, call, number, P: tl.constexpr, G: tl.con
         words = words_at(chosen.topk_idx, 8) + token[:, None] * P.num_topk + slot[None, :]
         ids = tl.load(words, mask=real, other=-1).to(tl.int32)
         wanted = tl.max(((ids >= 0) & (ids // P.local == src)).to(tl.int32), 1) > 0
+        if G.can_shrink:
+            wanted = wanted & _was_there(returned, token * 0 + src, G)
         words = words_at(own + zone.flags, 4) + src * call.num_slots + token
         spent += time_flags(words, wanted, token * 0 + src, number, link, SUMS, G, 0)
     waits = words_at(chosen.waits, 8) + src
@@ -278,7 +320,9 @@ def _time(own, chosen, src, link, zone, call, number, P: tl.constexpr, G: tl.con
 
 
 @triton.jit
-def _reduce(own, chosen, token, link, zone, call, number, P: tl.constexpr, G: tl.constexpr):
+def _reduce(
+    own, chosen, returned, token, link, zone, call, number, P: tl.constexpr, G: tl.constexpr
+):
     """Add up the rows of a token in rank order."""
     slot, peer = tl.arange(0, P.padded_topk), tl.arange(0, G.padded)
     lane = tl.arange(0, P.padded)
@@ -286,6 +330,8 @@ def _reduce(own, chosen, token, link, zone, call, number, P: tl.constexpr, G: tl
     ids = tl.load(words, mask=slot < P.num_topk, other=-1).to(tl.int32)
     owner = tl.where(ids >= 0, ids // P.local, -1)
     is_there = tl.max((owner[None, :] == peer[:, None]).to(tl.int32), 1) > 0
+    if G.can_shrink:
+        is_there = is_there & _was_there(returned, peer, G)
     words = words_at(own + zone.flags, 4) + peer * call.num_slots + token
     flags = wait_flags(words, is_there, peer, number, link, SUMS, G, 0)
     total = tl.zeros([P.padded], tl.float32)

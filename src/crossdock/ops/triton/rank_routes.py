@@ -17,6 +17,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from crossdock.ops.triton.rank_waits import add_wait
 from crossdock.ops.triton.sync import (
     Address,
     draw_ticket,
@@ -25,6 +26,7 @@ from crossdock.ops.triton.sync import (
     heaps_of,
     post_credit,
     tagged,
+    time_tagged,
     wait_for_credit,
     wait_tagged,
     words_at,
@@ -59,21 +61,28 @@ def route_ranks(
     link,
     zone,
     call,
+    PLACED: tl.constexpr,
     BLOCK: tl.constexpr,
     L: tl.constexpr,
     LP: tl.constexpr,
+    TIMES: tl.constexpr,
     G: tl.constexpr,
 ):
     """Number the rows of every destination, tell the counts, and learn those of the others.
 
     Writes `send_head`, `rank_prefix_matrix`, the first entry of `chunks`, and the host's words.
+    Peers are told that earlier rows have been placed here (rounds of `PLACED`): a rank whose own
+    rows have to wait for a larger heap lets the others send meanwhile.
     """
-    ticket, number = draw_ticket(link, G.size + 2)
+    TIMERS: tl.constexpr = G.size if TIMES else 0
+    ticket, number = draw_ticket(link, G.size + TIMERS + 2)
     own = heap_of(link, link.rank)
     at = zone.told + 8 * link.rank * (G.size + 2)
     if ticket == 0:
         enter(link, number, G)
         post_credit(link, link.kind, number - 1, G)
+        placed = tl.load(words_at(link.states, 8) + PLACED) >> 32
+        post_credit(link, PLACED, placed.to(tl.int32), G)
         wait_for_credit(own, link.kind, number, link, CREDIT, G)
         _tell(link, at + 8 * G.size, call.num_tokens, number, G)
         _tell(link, at + 8 * G.size + 8, call.fingerprint, number, G)
@@ -89,6 +98,12 @@ def route_ranks(
         total = _number_rows(sent, ticket - 1, call, BLOCK, G)
         wait_for_credit(own, link.kind, number, link, CREDIT, G)
         _tell(link, at + 8 * (ticket - 1), total, number, G)
+    elif ticket <= G.size + TIMERS:
+        src = ticket - G.size - 1
+        words = words_at(own + zone.told, 8) + src * (G.size + 2) + tl.arange(0, 1)
+        first = tl.arange(0, 1) == 0
+        _, spent = time_tagged(words, first, first * 0 + src, number, link, COUNTS, G)
+        add_wait(received.waits, src, spent, 0, 0, number, link, COUNTS, G)
     else:
         _learn(own, received, learned, link, zone, call, number, L, LP, G)
 

@@ -5,6 +5,9 @@ follows from (source, token) alone, so it need not wait for the counts of others
 at a time (a *chunk*) are covered by one flag. `place` copies what has landed to the caller's
 tensors, by source rank, then by token, chunk by chunk beside the senders: the link hides it.
 
+Where the caller takes rows as they lie (*views*), those of a source land one after another, this
+rank's own among them, and `place` only notes which they are.
+
 T tokens here, K top-k, R ranks, E experts, L local experts, M slots for the tokens of a rank,
 N received rows, C = ceil(M / chunk) chunks.
 
@@ -20,6 +23,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from crossdock.ops.triton.rank_waits import add_wait
 from crossdock.ops.triton.sync import (
     Address,
     draw_ticket,
@@ -45,6 +49,8 @@ __all__ = [
 
 CREDIT = tl.constexpr(8)
 ROWS = tl.constexpr(9)
+EMPTY = tl.constexpr(32)
+"""Slots that a program marks as empty at once."""
 
 
 class RankRow(NamedTuple):
@@ -60,6 +66,8 @@ class RankRow(NamedTuple):
         local: L.
         rows: rows that a program moves at once, a power of two.
         chunk: tokens that a flag covers, a multiple of it.
+        viewed: whether rows stay where they land, a slot for each row that is sent; otherwise there
+            is one for each token.
     """
 
     num_bytes: int
@@ -77,6 +85,7 @@ class RankRow(NamedTuple):
     local: int
     rows: int
     chunk: int
+    viewed: bool
 
 
 class Sent(NamedTuple):
@@ -105,6 +114,7 @@ class Received(NamedTuple):
     Attributes:
         chunks: [1 + C, R, 2] int32: rows and tokens of each source; then of each chunk its first
             row among those of its source, and how many.
+        waits: [R] int64, microseconds that each source was waited for, to be added to.
     """
 
     x: Address
@@ -114,6 +124,7 @@ class Received(NamedTuple):
     src_idx: Address
     rank_prefix_matrix: Address
     chunks: Address
+    waits: Address
 
 
 class RowZone(NamedTuple):
@@ -135,7 +146,10 @@ class RowZone(NamedTuple):
 
 
 class SentCall(NamedTuple):
-    """What changes from call to call: T, M, C, programs, N, and a fingerprint."""
+    """What changes from call to call: T, M, C, programs, N, and a fingerprint.
+
+    Of views, N is R times the slots of each source.
+    """
 
     num_tokens: int
     num_slots: int
@@ -170,7 +184,7 @@ def send_ranks(sent, link, zone, call, CREDITED: tl.constexpr, ROW: tl.constexpr
             tl.store(words + link.rank * call.num_slots + token, heads, mask=real)
         base = heaps_of(link, peer, peer < SIZE)
         flags = words_at(base + zone.flags, 4) + link.rank * call.num_chunks + chunk
-        raise_flags(flags, (peer < SIZE) & (peer != link.rank), number + peer * 0)
+        raise_flags(flags, (peer < SIZE) & (ROW.viewed | (peer != link.rank)), number + peer * 0)
 
 
 @triton.jit
@@ -188,11 +202,14 @@ def _send_rows(sent, begin, link, zone, call, ROW: tl.constexpr, G: tl.constexpr
         at = words_at(sent.scales + token.to(tl.int64) * (4 * ROW.scale_words), 4)
         scales = tl.load(at[:, None] + scale[None, :], mask=few)
     SIZE: tl.constexpr = G.size
-    for step in tl.static_range(SIZE - 1):
+    NUM_DST: tl.constexpr = G.size if ROW.viewed else G.size - 1
+    for step in tl.static_range(NUM_DST):
         dst = (link.rank + 1 + step) % SIZE
-        goes = tl.load(words_at(sent.send_head, 4) + token * SIZE + dst, mask=real, other=-1) >= 0
+        heads = tl.load(words_at(sent.send_head, 4) + token * SIZE + dst, mask=real, other=-1)
+        goes = heads >= 0
         to = heap_of(link, dst) + zone.landing
-        to += (link.rank * call.num_slots + token).to(tl.int64) * ROW.stride
+        lands = heads if ROW.viewed else token
+        to += (link.rank * call.num_slots + lands).to(tl.int64) * ROW.stride
         words = words_at(to, ROW.word)[:, None] + word[None, :]
         tl.store(words, payload, mask=cells & goes[:, None])
         if ROW.scale_words:
@@ -211,20 +228,65 @@ def _send_rows(sent, begin, link, zone, call, ROW: tl.constexpr, G: tl.constexpr
 
 @triton.jit
 def place_ranks(
-    sent, received, link, zone, call, ROW: tl.constexpr, PADS: tl.constexpr, G: tl.constexpr
+    sent,
+    received,
+    link,
+    zone,
+    call,
+    ROW: tl.constexpr,
+    PADS: tl.constexpr,
+    TIMES: tl.constexpr,
+    G: tl.constexpr,
 ):
     """Copy the rows that come, and those that stay, to the caller's tensors, chunk by chunk."""
-    ticket, number = draw_ticket(link, call.num_programs)
+    TIMERS: tl.constexpr = G.size if TIMES else 0
+    ticket, number = draw_ticket(link, TIMERS + call.num_programs)
     own = heap_of(link, link.rank)
     src = tl.arange(0, G.padded)
     last = words_at(received.chunks, 4) + src * 2
     num_rows = tl.load(last, mask=src < G.size, other=0)
     num_sent = tl.load(last + 1, mask=src < G.size, other=0)
+    if ticket < TIMERS:
+        tokens = tl.sum(tl.where((src == ticket) & (src != link.rank), num_sent, 0))
+        flags = own + zone.flags + 4 * ticket * call.num_chunks
+        num_flags = tl.cdiv(tokens, ROW.chunk)
+        spent = tl.cast(0, tl.int64)
+        add_wait(received.waits, ticket, spent, flags, num_flags, number, link, ROWS, G)
+    else:
+        nth = ticket - TIMERS
+        _place(own, sent, received, nth, num_rows, num_sent, link, zone, call, number, ROW, G)
+        if ROW.viewed:
+            _mark_empty(received, nth, num_rows, call, ROW, G)
+        elif PADS:
+            begin = tl.sum(num_rows) + nth * ROW.rows
+            for row in range(begin, call.num_rows, call.num_programs * ROW.rows):
+                _pad(received, row, call, ROW)
+
+
+@triton.jit
+def _place(
+    own,
+    sent,
+    received,
+    nth,
+    num_rows,
+    num_sent,
+    link,
+    zone,
+    call,
+    number,
+    ROW: tl.constexpr,
+    G: tl.constexpr,
+):
+    """Copy the rows of every so many chunks, one rank after another."""
+    src = tl.arange(0, G.padded)
     num_items = G.size * tl.cdiv(tl.max(num_sent), ROW.chunk)
-    for item in range(ticket, num_items, call.num_programs):
+    for item in range(nth, num_items, call.num_programs):
         rank = (link.rank + item) % G.size
         if item // G.size * ROW.chunk < tl.sum(tl.where(src == rank, num_sent, 0)):
             begin = tl.sum(tl.where(src < rank, num_rows, 0))
+            if ROW.viewed:
+                begin = rank * (call.num_rows // G.size)
             tokens = tl.sum(tl.where(src == rank, num_sent, 0))
             _place_chunk(
                 own,
@@ -241,10 +303,6 @@ def place_ranks(
                 ROW,
                 G,
             )
-    if PADS:
-        begin = tl.sum(num_rows) + ticket * ROW.rows
-        for row in range(begin, call.num_rows, call.num_programs * ROW.rows):
-            _pad(received, row, call, ROW)
 
 
 @triton.jit
@@ -264,17 +322,22 @@ def _place_chunk(
     G: tl.constexpr,
 ):
     """Copy the rows of a chunk once they have come, and remember which they are."""
-    if src != link.rank:
+    if ROW.viewed | (src != link.rank):
         one = tl.arange(0, 2)
         flags = words_at(own + zone.flags, 4) + src * call.num_chunks + chunk + one
         wait_flags(flags, one == 0, one * 0 + src, number, link, ROWS, G, 0)
     CHUNK: tl.constexpr = ROW.chunk
     STEP: tl.constexpr = ROW.rows
-    for offset in tl.static_range(0, CHUNK, STEP):
-        token = chunk * CHUNK + offset + tl.arange(0, STEP)
-        _place_rows(own, sent, received, src, token, begin, num_tokens, link, zone, call, ROW, G)
+    if not ROW.viewed:
+        for offset in tl.static_range(0, CHUNK, STEP):
+            token = chunk * CHUNK + offset + tl.arange(0, STEP)
+            _place_rows(
+                own, sent, received, src, token, begin, num_tokens, link, zone, call, ROW, G
+            )
     token = chunk * CHUNK + tl.arange(0, CHUNK)
     heads = _heads_of(own, sent, src, token, num_tokens, link, zone, call, G)
+    if ROW.viewed:
+        _note_rows(own, sent, received, src, token, begin, heads, link, zone, call, ROW, G)
     words = words_at(received.chunks, 4) + ((1 + chunk) * G.size + src) * 2
     tl.store(words, tl.min(tl.where(heads >= 0, heads, 0x7FFFFFFF)))
     tl.store(words + 1, tl.sum((heads >= 0).to(tl.int32)))
@@ -335,6 +398,31 @@ def _place_rows(
 
 
 @triton.jit
+def _note_rows(
+    own,
+    sent,
+    received,
+    src,
+    token,
+    begin,
+    heads,
+    link,
+    zone,
+    call,
+    ROW: tl.constexpr,
+    G: tl.constexpr,
+):
+    """Remember which tokens a few rows are that stay where they have landed, and their choices."""
+    slot = tl.arange(0, ROW.padded_topk)
+    kept = (heads >= 0) & (heads < call.num_rows // G.size)
+    landed = (src * call.num_slots + heads).to(tl.int64) * ROW.stride + (own + zone.landing)
+    tl.store(words_at(received.src_idx, 4) + begin + heads, token, mask=kept)
+    if ROW.num_topk:
+        chosen = kept[:, None] & (slot < ROW.num_topk)[None, :]
+        _place_choices(sent, received, src, token, begin + heads, landed, chosen, link, ROW)
+
+
+@triton.jit
 def _place_choices(sent, received, src, token, row, landed, chosen, link, ROW: tl.constexpr):
     """Copy the choices of a few tokens: local ids, -1 and weight 0 where they are not for here."""
     slot = tl.arange(0, ROW.padded_topk)
@@ -359,11 +447,23 @@ def _place_choices(sent, received, src, token, row, landed, chosen, link, ROW: t
 
 
 @triton.jit
+def _mark_empty(received, nth, num_rows, call, ROW: tl.constexpr, G: tl.constexpr):
+    """Let no choice be made for the slots behind the rows of each source."""
+    src = tl.arange(0, G.padded)
+    num_slots = call.num_rows // G.size
+    SIZE: tl.constexpr = G.size
+    for rank in tl.static_range(SIZE):
+        there = tl.sum(tl.where(src == rank, num_rows, 0))
+        for begin in range(there + nth * EMPTY, num_slots, call.num_programs * EMPTY):
+            row = begin + tl.arange(0, EMPTY)
+            _pad_choices(received, rank * num_slots + row, row < num_slots, ROW)
+
+
+@triton.jit
 def _pad(received, begin, call, ROW: tl.constexpr):
     """Make a few rows behind those that have come empty."""
     row = begin + tl.arange(0, ROW.rows)
     word, scale = tl.arange(0, ROW.padded_words), tl.arange(0, ROW.padded_scales)
-    slot = tl.arange(0, ROW.padded_topk)
     real = row < call.num_rows
     cells = real[:, None] & (word < ROW.num_words)[None, :]
     to = words_at(received.x + row.to(tl.int64) * ROW.num_bytes, ROW.word)
@@ -372,6 +472,13 @@ def _pad(received, begin, call, ROW: tl.constexpr):
         few = real[:, None] & (scale < ROW.scale_words)[None, :]
         to = words_at(received.scales + row.to(tl.int64) * (4 * ROW.scale_words), 4)
         tl.store(to[:, None] + scale[None, :], tl.zeros(few.shape, tl.int32), mask=few)
+    _pad_choices(received, row, real, ROW)
+
+
+@triton.jit
+def _pad_choices(received, row, real, ROW: tl.constexpr):
+    """Make the choices of a few rows empty: -1, with weight 0."""
+    slot = tl.arange(0, ROW.padded_topk)
     tl.store(words_at(received.src_idx, 4) + row, row * 0, mask=real)
     if ROW.num_topk:
         chosen = real[:, None] & (slot < ROW.num_topk)[None, :]

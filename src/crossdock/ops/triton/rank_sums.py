@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from crossdock.ops.triton.quantize import round_sum
+from crossdock.ops.triton.rank_waits import add_wait
 from crossdock.ops.triton.sync import (
     Address,
     draw_ticket,
@@ -29,6 +30,7 @@ from crossdock.ops.triton.sync import (
     raise_flags,
     row_at,
     tagged,
+    time_tagged,
     wait_flags,
     wait_for_credit,
     wait_tagged,
@@ -85,13 +87,17 @@ class Rows(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """What comes: out [T, H], weights [T, K]; biases [T, H], and `send_head` [T, R]."""
+    """What comes: out [T, H], weights [T, K]; biases [T, H], and `send_head` [T, R].
+
+    Also [R] int64, to which microseconds that each rank was waited for are added.
+    """
 
     out: Address
     topk_weights: Address
     bias: Address
     more_bias: Address
     send_head: Address
+    waits: Address
 
 
 class BackZone(NamedTuple):
@@ -109,20 +115,28 @@ class BackZone(NamedTuple):
 
 
 class BackCall(NamedTuple):
-    """What changes from call to call: T, M, C, N, and programs."""
+    """What changes from call to call: T, M, C, N, and programs.
+
+    Attributes:
+        spacing: rows from those of a source to those of the next one; 0 where there are no gaps.
+    """
 
     num_tokens: int
     num_slots: int
     num_chunks: int
     num_rows: int
+    spacing: int
     num_senders: int
     num_reducers: int
 
 
 @triton.jit
-def combine_ranks(rows, sums, link, zone, call, ROW: tl.constexpr, G: tl.constexpr):
+def combine_ranks(
+    rows, sums, link, zone, call, ROW: tl.constexpr, TIMES: tl.constexpr, G: tl.constexpr
+):
     """Send rows back, and add up those that come."""
-    ticket, number = draw_ticket(link, call.num_senders + call.num_reducers)
+    TIMERS: tl.constexpr = G.size if TIMES else 0
+    ticket, number = draw_ticket(link, call.num_senders + TIMERS + call.num_reducers)
     own = heap_of(link, link.rank)
     src = tl.arange(0, G.padded)
     if ticket < call.num_senders:
@@ -135,7 +149,7 @@ def combine_ranks(rows, sums, link, zone, call, ROW: tl.constexpr, G: tl.constex
         num_sent = tl.load(last + 1, mask=src < G.size, other=0)
         if ticket == 0:
             _tell_kept(from_each, rows, link, zone, call, number, G)
-        begin = tl.cumsum(from_each, 0) - from_each
+        begin = _begin_of(from_each, call, G)
         others = tl.where(src == link.rank, 0, num_sent)
         for chunk in range(ticket, tl.cdiv(tl.max(others), ROW.chunk), call.num_senders):
             SIZE: tl.constexpr = G.size
@@ -147,6 +161,8 @@ def combine_ranks(rows, sums, link, zone, call, ROW: tl.constexpr, G: tl.constex
             flags = words_at(heaps_of(link, src, src < G.size) + zone.flags, 4)
             flags += link.rank * call.num_chunks + chunk
             raise_flags(flags, chunk * ROW.chunk < others, number + src * 0)
+    elif ticket < call.num_senders + TIMERS:
+        _time(own, sums, ticket - call.num_senders, link, zone, call, number, ROW, G)
     else:
         words = words_at(own + zone.kept, 8) + src
         kept = wait_tagged(words, src < G.size, src, number, link, KEPT, G)
@@ -155,8 +171,10 @@ def combine_ranks(rows, sums, link, zone, call, ROW: tl.constexpr, G: tl.constex
             mask=tl.full([], link.rank > 0, tl.int1),
             other=0,
         )
+        mine = tl.where(call.spacing > 0, link.rank * call.spacing, mine)
         num_chunks = tl.cdiv(call.num_tokens, ROW.chunk)
-        for chunk in range(ticket - call.num_senders, num_chunks, call.num_reducers):
+        nth = ticket - call.num_senders - TIMERS
+        for chunk in range(nth, num_chunks, call.num_reducers):
             flags = words_at(own + zone.flags, 4) + src * call.num_chunks + chunk
             wait_flags(flags, (src < G.size) & (src != link.rank), src, number, link, SUMS, G, 0)
             CHUNK: tl.constexpr = ROW.chunk
@@ -168,10 +186,17 @@ def combine_ranks(rows, sums, link, zone, call, ROW: tl.constexpr, G: tl.constex
 
 
 @triton.jit
+def _begin_of(from_each, call, G: tl.constexpr):
+    """The first row of each source: [R] int32."""
+    after_others = tl.cumsum(from_each, 0) - from_each
+    return tl.where(call.spacing > 0, tl.arange(0, G.padded) * call.spacing, after_others)
+
+
+@triton.jit
 def _tell_kept(from_each, rows, link, zone, call, number, G: tl.constexpr):
     """Tell every rank how many of its rows are here: some may have been too many for dispatch."""
     src = tl.arange(0, G.padded)
-    begin = tl.cumsum(from_each, 0) - from_each
+    begin = _begin_of(from_each, call, G)
     kept = tl.minimum(tl.maximum(call.num_rows - begin, 0), from_each)
     base = heaps_of(link, src, src < G.size)
     tl.store(words_at(base + zone.kept, 8) + link.rank, tagged(kept, number), mask=src < G.size)
@@ -201,6 +226,17 @@ def _send_chunk(rows, dst, chunk, begin, link, zone, call, ROW: tl.constexpr, G:
             bits = tl.load(at, mask=few, other=0)
             words = words_at(to + ROW.weights_at, 4)[:, None] + slot[None, :]
             tl.store(words, bits, mask=few)
+
+
+@triton.jit
+def _time(own, sums, src, link, zone, call, number, ROW: tl.constexpr, G: tl.constexpr):
+    """Measure how long the rows of a rank are waited for."""
+    first = tl.arange(0, 1) == 0
+    words = words_at(own + zone.kept, 8) + src + tl.arange(0, 1)
+    _, spent = time_tagged(words, first, first * 0 + src, number, link, KEPT, G)
+    flags = own + zone.flags + 4 * src * call.num_chunks
+    num_flags = tl.where(src == link.rank, 0, tl.cdiv(call.num_tokens, ROW.chunk))
+    add_wait(sums.waits, src, spent, flags, num_flags, number, link, SUMS, G)
 
 
 @triton.jit

@@ -29,6 +29,8 @@ __all__ = [
     "enter",
     "heap_of",
     "heaps_of",
+    "is_counted_on",
+    "mask_ranks",
     "post_credit",
     "post_rounds",
     "raise_flags",
@@ -38,6 +40,7 @@ __all__ = [
     "time_tagged",
     "wait_flags",
     "wait_for_credit",
+    "wait_here",
     "wait_tagged",
     "words_at",
 ]
@@ -46,8 +49,7 @@ Address = int
 """An address, or an offset in a heap: 64 bits. Whatever else kernels are told has 32."""
 
 FAILED = tl.constexpr(0)
-CAN_SHRINK = tl.constexpr(1)
-REPORT = tl.constexpr(2)
+REPORT = tl.constexpr(1)
 MASKED = tl.constexpr(8)
 
 
@@ -59,12 +61,14 @@ class Group(NamedTuple):
         padded: the next power of two.
         num_states: rounds that are counted, a power of two.
         is_compiled: False in the interpreter, which has no clock and cuts bf16 off.
+        can_shrink: whether the others go on without a rank that is late.
     """
 
     size: int
     padded: int
     num_states: int
     is_compiled: bool
+    can_shrink: bool = False
 
 
 class Link(NamedTuple):
@@ -76,9 +80,9 @@ class Link(NamedTuple):
 
     Attributes:
         peers: [R] int64, the address of every rank's heap. That begins with the words that say how
-            this rank fares: failed, whether late ranks are masked, address of the report ([R]
-            int64: what each rank was missing in; then why this rank failed), and from the eighth on
-            one for each rank that says whether it is masked.
+            this rank fares: failed, address of the report ([R] int64: what each rank was missing
+            in; then why this rank failed), and from the eighth on one for each rank that says
+            whether it is masked.
         states: [num_states] int64, `(rounds completed << 32) | tickets drawn` of each operation.
         credits: offset in the heap of [R, num_states] int32, the rounds each rank has behind it.
             Behind that as many words: the last round of each operation that it has come to.
@@ -193,6 +197,8 @@ def _wait(
     SHIFT: tl.constexpr,
 ):
     """What the words hold once all wanted ones have come, 0 where one has not; and how long."""
+    if G.can_shrink:
+        wanted = wanted & is_counted_on(link, ranks)
     seen = _look(words, wanted, TAGGED)
     spent = tl.cast(0, tl.int64)
     late = wanted & _is_late(seen, number, TAGGED, SHIFT)
@@ -207,15 +213,17 @@ def _wait(
             polls += 1
             seen = _look(words, wanted, TAGGED)
             late = wanted & _is_late(seen, number, TAGGED, SHIFT)
-            masked = tl.load(watch + MASKED + ranks, mask=late, other=1, volatile=True)
-            late = late & (masked == 0)
+            if G.can_shrink:
+                late = late & is_counted_on(link, ranks)
             failed = tl.load(watch + FAILED, volatile=True)
             over = (link.deadline > 0) & (
                 _now(polls, G) - begin > tl.cast(link.deadline, tl.int64) * TICK
             )
+            if G.can_shrink:
+                over = over & _may_go_on(late, ranks, _now(polls, G) - begin, link, watch, G)
             waiting = (tl.max(late.to(tl.int32)) > 0) & (failed == 0) & (over == 0)
         if (tl.max(late.to(tl.int32)) > 0) & (failed == 0):
-            _give_up(late, ranks, number, watch, link.kind * 256 + phase)
+            _give_up(late, ranks, number, link, watch, phase, G)
         failed = tl.load(watch + FAILED, volatile=True)
         if failed != 0:
             tl.store(words_at(tl.load(watch + REPORT), 8) + G.size, failed)
@@ -226,15 +234,73 @@ def _wait(
 
 
 @triton.jit
-def _give_up(late, ranks, number, watch, phase):
+def _give_up(late, ranks, number, link, watch, phase, G: tl.constexpr):
     """Write down who is missing, and either mask them or let every later wait end at once."""
-    word = (number.to(tl.int64) << 32) | phase
+    word = (number.to(tl.int64) << 32) | (link.kind * 256 + phase)
     report = words_at(tl.load(watch + REPORT), 8)
     tl.store(report + ranks, word + ranks.to(tl.int64) * 0, mask=late)
-    if tl.load(watch + CAN_SHRINK) != 0:
-        tl.store(watch + MASKED + ranks, ranks.to(tl.int64) * 0 + 1, mask=late)
+    if G.can_shrink:
+        if _is_enough(late, ranks, watch, G):
+            _mask_everywhere(_named(late, ranks, G), link, G)
+        else:
+            tl.store(watch + FAILED, 1)
     else:
         tl.store(watch + FAILED, 1)
+
+
+@triton.jit
+def is_counted_on(link, ranks):
+    """Whether ranks take part, seen from here: none does where the others go on without this."""
+    masked = words_at(heap_of(link, link.rank), 8) + MASKED
+    alone = tl.load(masked + link.rank, volatile=True)
+    return (tl.load(masked + ranks, volatile=True) == 0) & (alone == 0)
+
+
+@triton.jit
+def mask_ranks(these, link, G: tl.constexpr):
+    """From now on this rank goes on without ranks, bool [R padded].
+
+    The others may still be in the call before, to which these belong: they hear of it in this one.
+    """
+    peer = tl.arange(0, G.padded)
+    words = words_at(heap_of(link, link.rank), 8) + MASKED + peer
+    tl.store(words, peer.to(tl.int64) * 0 + 1, mask=these & (peer < G.size))
+
+
+@triton.jit
+def _mask_everywhere(these, link, G: tl.constexpr):
+    """All go on without ranks, bool [R padded], who hear of it themselves: they are late."""
+    peer = tl.arange(0, G.padded)
+    watch = words_at(heaps_of(link, peer, peer < G.size), 8)
+    words = watch[:, None] + MASKED + peer[None, :]
+    wanted = (peer[:, None] < G.size) & these[None, :]
+    tl.store(words, peer[:, None] * 0 + peer[None, :].to(tl.int64) * 0 + 1, mask=wanted)
+
+
+@triton.jit
+def _named(late, ranks, G: tl.constexpr):
+    """Which ranks are among those of words, of any shape, that are late: bool [R padded]."""
+    peer = tl.arange(0, G.padded)
+    late, ranks = tl.ravel(late), tl.ravel(ranks + late.to(tl.int32) * 0)
+    return tl.max((late[None, :] & (ranks[None, :] == peer[:, None])).to(tl.int32), 1) > 0
+
+
+@triton.jit
+def _is_enough(late, ranks, watch, G: tl.constexpr):
+    """Whether at least half of the ranks that were left remain without those that are late."""
+    peer = tl.arange(0, G.padded)
+    masked = tl.load(watch + MASKED + peer, mask=peer < G.size, other=1, volatile=True) != 0
+    left = tl.sum((masked == 0).to(tl.int32))
+    gone = tl.sum((_named(late, ranks, G) & (masked == 0)).to(tl.int32))
+    return 2 * (left - gone) >= left
+
+
+@triton.jit
+def _may_go_on(late, ranks, spent, link, watch, G: tl.constexpr):
+    """After the deadline: a few that are early wait for the many, but not for ever."""
+    TICK: tl.constexpr = 1000 if G.is_compiled else 1
+    last = spent > tl.cast(link.deadline, tl.int64) * (TICK * G.size)
+    return _is_enough(late, ranks, watch, G) | last
 
 
 @triton.jit
@@ -279,6 +345,18 @@ def time_flags(words, wanted, ranks, number, link, phase, G: tl.constexpr, SHIFT
     """How long flags were waited for, in microseconds (int64); in the interpreter in polls."""
     _, spent = _wait(words, wanted, ranks, number, link, phase, G, False, SHIFT)
     return spent
+
+
+@triton.jit
+def wait_here(word, number, link, G: tl.constexpr):
+    """The data of a tagged word that another program of this kernel writes; 0 if it cannot."""
+    watch = words_at(heap_of(link, link.rank), 8)
+    seen = tl.load(word, volatile=True)
+    failed = tl.load(watch + FAILED, volatile=True)
+    while (seen.to(tl.int32) != number) & (failed == 0):
+        seen = tl.load(word, volatile=True)
+        failed = tl.load(watch + FAILED, volatile=True)
+    return tl.where(seen.to(tl.int32) == number, (seen >> 32).to(tl.int32), 0)
 
 
 @triton.jit

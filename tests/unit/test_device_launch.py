@@ -1,0 +1,137 @@
+"""What kernels are compiled for, and how they are launched: sizes, widths of numbers, halves."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pytest
+import torch
+import triton.language as tl
+
+from crossdock.device.constants import aligned, constants, next_power_of_two, widest_word
+from crossdock.device.launch import Launch, model_of
+from crossdock.device.rank_kernels import shares
+from crossdock.device.streams import Fork
+from crossdock.ops.triton import expert_records, expert_sums, rank_routes, rank_rows, rank_sums
+from crossdock.ops.triton.sync import Address, Link
+
+RECORDS = [
+    Link,
+    expert_records.Tokens,
+    expert_records.Slabs,
+    expert_records.Zone,
+    expert_records.Call,
+    expert_sums.Chosen,
+    expert_sums.Returned,
+    expert_sums.ReturnZone,
+    expert_sums.ReturnCall,
+    rank_rows.Sent,
+    rank_rows.Received,
+    rank_rows.RowZone,
+    rank_rows.SentCall,
+    rank_routes.Learned,
+    rank_sums.Rows,
+    rank_sums.Sums,
+    rank_sums.BackZone,
+    rank_sums.BackCall,
+]
+
+
+@pytest.mark.parametrize("record", RECORDS, ids=lambda record: record.__name__)
+def test_models_are_as_wide_as_what_they_stand_for_and_nothing_in_particular(
+    record: type[tuple[int, ...]],
+) -> None:
+    """Triton compiles for the width of a number, and anew where it is 1 or a multiple of 16."""
+    model = model_of(record)
+    assert type(model) is record
+    for name, number in zip(record.__annotations__, model, strict=True):
+        is_wide = "Address" in str(record.__annotations__[name])
+        assert (number >= 1 << 32) == is_wide, name
+        assert number != 1
+        assert number % 16
+
+
+def test_numbers_of_another_kind_have_no_model() -> None:
+    class Odd(NamedTuple):
+        at: Address
+        what: float
+
+    with pytest.raises(KeyError):
+        model_of(Odd)
+
+
+class Recorder:
+    """A kernel that remembers its launches."""
+
+    def __init__(self) -> None:
+        self.launches: list[tuple[int, tuple[tuple[int, ...], ...]]] = []
+
+    def launch(self, num_programs: int, arguments: tuple[tuple[int, ...], ...], **_: str) -> None:
+        self.launches.append((num_programs, arguments))
+
+
+@pytest.mark.parametrize(("hooked", "sizes"), [(False, [[7], [7]]), (True, [[3], [3, 4]])])
+def test_a_launch_is_whole_or_in_halves(hooked: bool, sizes: list[list[int]]) -> None:
+    kernel, arguments = Recorder(), ((1, 2), (3,))
+    receive = Launch(kernel, arguments, ()).run(3, 4, hooked=hooked)
+    for expected in sizes:
+        assert kernel.launches == [(num, arguments) for num in expected]
+        receive()
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "word"), [(0, 16), (1, 1), (2, 2), (6, 2), (12, 4), (24, 8), (16, 16), (48, 16)]
+)
+def test_rows_move_in_the_widest_words_they_are_made_of(num_bytes: int, word: int) -> None:
+    assert widest_word(num_bytes) == word
+
+
+def test_powers_of_two() -> None:
+    assert [next_power_of_two(number) for number in range(1, 10)] == [1, 2, 4, 4, 8, 8, 8, 8, 16]
+
+
+def test_rows_are_copied_only_where_they_do_not_begin_on_16_bytes() -> None:
+    rows = torch.arange(64, dtype=torch.float32).view(8, 8)
+    assert aligned(rows).data_ptr() == rows.data_ptr()
+    assert aligned(rows[2:]).data_ptr() == rows[2:].data_ptr()
+    for part in (rows.t(), rows.flatten()[1:33].view(4, 8), rows[:, ::2]):
+        copy = aligned(part)
+        assert torch.equal(copy, part)
+        assert copy.is_contiguous()
+        assert copy.data_ptr() % 16 == 0
+
+
+class Sizes(NamedTuple):
+    """Constants of a kernel."""
+
+    width: int
+    name: str
+
+
+def test_constants_are_constants_but_not_in_the_interpreter(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    compiled = constants(Sizes(3, "a"))
+    assert type(compiled) is Sizes
+    assert all(isinstance(value, tl.constexpr) for value in compiled)
+    assert [value.value for value in compiled] == [3, "a"]
+    assert constants(Sizes(3, "a")) is compiled
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert constants(Sizes(4, "a")) == (4, "a")
+
+
+@pytest.mark.parametrize("back", [False, True])
+@pytest.mark.parametrize("num_sms", [1, 2, 4, 20, 24, 132])
+def test_programs_are_shared_between_two_kinds_of_work(num_sms: int, back: bool) -> None:
+    found = shares(num_sms, back=back)
+    assert min(found) >= 1
+    assert sum(found) == max(num_sms, 2)
+
+
+def test_without_streams_there_is_one_line_of_work() -> None:
+    order = []
+    with Fork(None) as fork:
+        order.append("beside")
+    fork.join()
+    assert order == ["beside"]

@@ -1,0 +1,100 @@
+"""What is said of ranks that did not come to a kernel, from the words that kernels write."""
+
+from __future__ import annotations
+
+import ctypes
+
+import pytest
+import torch
+
+from crossdock.device.memory import NUM_STATES
+from crossdock.device.watch import Report, State
+from crossdock.errors import PeerTimeoutError, TransportError
+from crossdock.ops.triton import expert_rows, expert_sums, rank_routes, rank_rows, rank_sums
+from crossdock.transports.symmetric import GAVE_UP
+
+NUM_RANKS = 3
+NOTHING = [[0] * NUM_STATES for _ in range(NUM_RANKS)]
+
+
+def report_of(missing: dict[int, tuple[int, int, int]], why: int = 1) -> Report:
+    """What a kernel has reported: by rank the state, the phase and the round; and why it failed."""
+    report = Report(NUM_RANKS, torch.device("cpu"))
+    assert report.is_empty()
+    words = (ctypes.c_int64 * (NUM_RANKS + 1)).from_address(report.address)
+    for rank, (state, phase, number) in missing.items():
+        words[rank] = number << 32 | state << 8 | phase
+    words[NUM_RANKS] = why
+    assert not report.is_empty()
+    return report
+
+
+def come_to(**rounds: int) -> list[list[int]]:
+    """What ranks entered: `rank_1=4` has come to round 4 of every state, others to none."""
+    return [[rounds.get(f"rank_{rank}", 0)] * NUM_STATES for rank in range(NUM_RANKS)]
+
+
+@pytest.mark.parametrize(
+    ("state", "phase", "said"),
+    [
+        (State.LOW_LATENCY_DISPATCH, expert_rows.COUNTS, "low latency dispatch 13 route"),
+        (State.LOW_LATENCY_DISPATCH, expert_rows.CREDIT, "low latency dispatch 13 send"),
+        (State.LOW_LATENCY_DISPATCH + 1, expert_rows.ROWS, "low latency dispatch 14 land"),
+        (State.LOW_LATENCY_COMBINE, expert_sums.WEIGHTS, "low latency combine 13 route"),
+        (State.LOW_LATENCY_COMBINE + 1, expert_sums.SUMS, "low latency combine 14 land"),
+        (State.ROUTE, rank_routes.COUNTS, "dispatch 7 route"),
+        (State.SEND, rank_rows.CREDIT, "dispatch 7 send"),
+        (State.PLACE, rank_rows.ROWS, "dispatch 7 land"),
+        (State.COMBINE, rank_sums.KEPT, "combine 7 route"),
+        (State.COMBINE, rank_sums.CREDIT, "combine 7 send"),
+        (State.COMBINE, rank_sums.SUMS, "combine 7 land"),
+    ],
+)
+def test_the_call_and_the_wait_are_named(state: int, phase: object, said: str) -> None:
+    """Low-latency calls take two states by turns, so that a round of each is two calls."""
+    error = report_of({1: (state, int(phase.value), 7)}).error(2.5, NOTHING)
+    assert isinstance(error, PeerTimeoutError)
+    assert f"{error.operation} {error.epoch} {error.phase}" == said
+    assert error.waited_s == 2.5
+
+
+def test_a_rank_that_came_is_not_missing_though_its_rows_are() -> None:
+    at = (State.COMBINE, int(rank_sums.SUMS.value), 4)
+    error = report_of({0: at, 2: at}).error(1.0, come_to(rank_0=4, rank_1=4, rank_2=3))
+    assert error.missing == [2]
+
+
+def test_all_that_did_not_come_are_named_also_where_one_alone_was_waited_for() -> None:
+    at = (State.LOW_LATENCY_DISPATCH, int(expert_rows.ROWS.value), 4)
+    assert report_of({0: at}).error(1.0, come_to(rank_1=4)).missing == [0, 2]
+
+
+def test_where_all_came_those_are_named_whose_rows_are_missing() -> None:
+    at = (State.COMBINE, int(rank_sums.SUMS.value), 4)
+    everybody = come_to(rank_0=4, rank_1=4, rank_2=4)
+    assert report_of({1: at}).error(1.0, everybody).missing == [1]
+
+
+def test_who_waits_for_rows_asks_who_came_to_send_them() -> None:
+    entered = come_to(rank_0=4, rank_1=4, rank_2=4)
+    entered[2][State.SEND] = 3
+    for rounds in entered:
+        rounds[State.PLACE] = 0  # nobody tells that it places
+    at = (State.PLACE, int(rank_rows.ROWS.value), 4)
+    assert report_of({2: at}).error(1.0, entered).missing == [2]
+
+
+def test_it_is_told_what_every_rank_has_come_to() -> None:
+    entered = [list(rounds) for rounds in NOTHING]
+    entered[0][State.LOW_LATENCY_DISPATCH : State.LOW_LATENCY_DISPATCH + 2] = [4, 3]
+    entered[0][State.COMBINE] = 5
+    at = (State.COMBINE, int(rank_sums.SUMS.value), 6)
+    error = report_of({1: at}).error(1.0, entered)
+    assert error.peers[0] == "has come to low latency dispatch 7, combine 5"
+    assert error.peers[1] == "nothing yet"
+
+
+def test_a_rank_that_gave_up_is_named() -> None:
+    error = report_of({}, why=GAVE_UP + 2).error(1.0, NOTHING)
+    assert type(error) is TransportError
+    assert "rank 2" in str(error)
