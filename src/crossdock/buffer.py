@@ -267,7 +267,7 @@ class Buffer(DecodingCalls):
             PeerTimeoutError: some ranks did not come.
             BufferTooSmallError: `max_buffer_bytes` does not allow it.
         """
-        num_sms = self._config(config, "get_dispatch_config").num_sms
+        config = self._config(config, "get_dispatch_config")
         with self._turn(previous_event, async_finish) as turn:
             if handle is not None:
                 with self._session.checking(Operation.CACHED_DISPATCH):
@@ -277,7 +277,7 @@ class Buffer(DecodingCalls):
                     waits = self._waits(
                         "dispatch_wait_recv_cost_stats", dispatch_wait_recv_cost_stats
                     )
-                again = self._exchange.dispatch_again(x, named, num_sms=num_sms, stats=Stats(waits))
+                again = self._exchange.dispatch_again(x, named, config=config, stats=Stats(waits))
                 event = turn.event(*_parts(x), *_parts(again), *named, waits)
                 return again, None, None, None, None, event
             given = DispatchArguments(
@@ -296,7 +296,7 @@ class Buffer(DecodingCalls):
                 routing,
                 alignment=expert_alignment,
                 num_worst_tokens=num_worst_tokens,
-                num_sms=num_sms,
+                config=config,
                 stats=Stats(waits),
             )
             made = (*_parts(done.tokens), done.topk_idx, done.topk_weights, *done.handle)
@@ -346,7 +346,7 @@ class Buffer(DecodingCalls):
 
         Raises: as `dispatch`; ShapeError if T is above M.
         """
-        num_sms = self._config(config, "get_dispatch_config").num_sms
+        config = self._config(config, "get_dispatch_config")
         with self._turn(previous_event, async_finish) as turn:
             given = DispatchArguments(
                 is_token_in_rank, num_tokens_per_expert, topk_idx, topk_weights, 1, 0
@@ -356,7 +356,7 @@ class Buffer(DecodingCalls):
                 given.check_slots(num_max_tokens_per_rank)
                 waits = self._waits("dispatch_wait_recv_cost_stats", dispatch_wait_recv_cost_stats)
             done: Views = self._exchange.dispatch_views(
-                x, routing, num_slots=num_max_tokens_per_rank, num_sms=num_sms, stats=Stats(waits)
+                x, routing, num_slots=num_max_tokens_per_rank, config=config, stats=Stats(waits)
             )
             made = (done.topk_idx, done.topk_weights, *done.handle)
             given_too = (topk_idx, topk_weights, num_tokens_per_expert, waits)
@@ -399,7 +399,7 @@ class Buffer(DecodingCalls):
 
         Raises: as `dispatch`.
         """
-        num_sms = self._config(config, "get_combine_config").num_sms
+        config = self._config(config, "get_combine_config")
         with self._turn(previous_event, async_finish) as turn:
             with self._session.checking(Operation.COMBINE):
                 named = Handle.of(handle, num_ranks=self.group_size)
@@ -411,7 +411,7 @@ class Buffer(DecodingCalls):
                 named,
                 topk_weights=topk_weights,
                 bias=terms,
-                num_sms=num_sms,
+                config=config,
                 stats=Stats(waits),
             )
             event = turn.event(x, topk_weights, waits, *terms, *done, *named)

@@ -6,7 +6,9 @@ nothing; the size hints say with how much memory a buffer should start.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
 from crossdock.errors import ConfigError
 
@@ -20,6 +22,7 @@ NUM_LANDING_ZONES = 4
 
 _ROUTING_BYTES_PER_TOKEN = 256
 _MAX_TOPK = 32
+_MAY_BE_ZERO = ("num_send_sms", "tile_bytes")
 _SCALE_UP_LIMIT = 8
 
 
@@ -39,6 +42,9 @@ class Config:
             token count that `get_nvl_buffer_size_hint` assumes.
         num_max_rdma_chunked_send_tokens: tokens sent at once between scale-up domains.
         num_max_rdma_chunked_recv_tokens: tokens in flight between scale-up domains.
+        num_send_sms: of `num_sms` those that send, while the others place or add up; 0 for what
+            does well in general.
+        tile_bytes: bytes that one of them moves at a time; 0 as well.
 
     Raises:
         ConfigError: a knob is not positive, or a send chunk does not fit its receive window.
@@ -49,11 +55,20 @@ class Config:
     num_max_nvl_chunked_recv_tokens: int = 256
     num_max_rdma_chunked_send_tokens: int = 6
     num_max_rdma_chunked_recv_tokens: int = 256
+    num_send_sms: int = 0
+    tile_bytes: int = 0
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if value <= 0:
-                raise ConfigError(f"Config: {name} is {value}, must be positive")
+            least = 0 if name in _MAY_BE_ZERO else 1
+            if value < least:
+                kind = "positive" if least else "0 or more"
+                raise ConfigError(f"Config: {name} is {value}, must be {kind}")
+        if self.num_send_sms >= self.num_sms > 1:
+            raise ConfigError(
+                f"Config: num_send_sms is {self.num_send_sms}, must leave some of "
+                f"num_sms={self.num_sms} to receive"
+            )
         self._check_chunk("nvl", limit=self.num_max_nvl_chunked_recv_tokens - 1)
         self._check_chunk("rdma", limit=self.num_max_rdma_chunked_recv_tokens // 2)
 
@@ -65,6 +80,24 @@ class Config:
                 f"num_max_{domain}_chunked_recv_tokens="
                 f"{getattr(self, f'num_max_{domain}_chunked_recv_tokens')}"
             )
+
+    @classmethod
+    def load(cls, path: str | Path, operation: str) -> Config:
+        """The knobs that `crossdock tune` found best, and wrote to a file.
+
+        Args:
+            path: of the file.
+            operation: "dispatch" or "combine".
+
+        Raises:
+            ConfigError: the file is not one of `crossdock tune`.
+        """
+        try:
+            best = json.loads(Path(path).read_text(encoding="utf-8"))["best"][operation]
+            return cls(**best)
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            text = f"{path} has no knobs for {operation!r}: {error}"
+            raise ConfigError(text) from error
 
     def get_nvl_buffer_size_hint(self, hidden_bytes: int, num_ranks: int) -> int:
         """Bytes to start a buffer with: room for the chunk window from every rank.

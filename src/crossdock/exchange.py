@@ -20,6 +20,7 @@ import torch
 
 from crossdock import layouts, ops
 from crossdock.codec import AnyTokens, Tokens, join, row_format, split
+from crossdock.config import Config
 from crossdock.errors import HandleError, UnsupportedError
 from crossdock.formats import RowFormat
 from crossdock.handle import Handle
@@ -60,7 +61,7 @@ class Exchange:
         *,
         alignment: int,
         num_worst_tokens: int,
-        num_sms: int,
+        config: Config,
         stats: Stats,
     ) -> Dispatched[AnyTokens]:
         """Send every token to the ranks that want it.
@@ -70,7 +71,7 @@ class Exchange:
             routing: where they go.
             alignment: multiple to which the counts per expert are rounded up.
             num_worst_tokens: rows of the result, whatever arrives; 0 for exactly what arrives.
-            num_sms: concerns devices.
+            config: concerns devices.
             stats: where waits are added.
 
         Collective: all ranks, in the same order as all other calls of the buffer.
@@ -112,14 +113,14 @@ class Exchange:
             )
 
     def dispatch_again(
-        self, x: AnyTokens, handle: Handle, *, num_sms: int, stats: Stats
+        self, x: AnyTokens, handle: Handle, *, config: Config, stats: Stats
     ) -> AnyTokens:
         """Send other rows the way an earlier dispatch went; routing is not exchanged again.
 
         Args:
             x: [T, H] rows, or rows and scales; T as in the earlier dispatch.
             handle: of that dispatch.
-            num_sms: concerns devices.
+            config: concerns devices.
             stats: where waits are added.
 
         Collective, Sync, Lifetime: as `dispatch`.
@@ -142,7 +143,7 @@ class Exchange:
             return join(rows, x)
 
     def dispatch_views(
-        self, x: AnyTokens, routing: RoutingShare, *, num_slots: int, num_sms: int, stats: Stats
+        self, x: AnyTokens, routing: RoutingShare, *, num_slots: int, config: Config, stats: Stats
     ) -> Views:
         """Send every token to the ranks that want it, into as many slots for each source.
 
@@ -150,7 +151,7 @@ class Exchange:
             x: [T, H] rows, or rows and scales.
             routing: where they go.
             num_slots: M, not below any rank's T.
-            num_sms: concerns devices.
+            config: concerns devices.
             stats: where waits are added.
 
         Collective, Sync: as `dispatch`. Lifetime: here the result is the caller's.
@@ -158,7 +159,7 @@ class Exchange:
         Raises: as `dispatch`.
         """
         done = self.dispatch(
-            x, routing, alignment=1, num_worst_tokens=0, num_sms=num_sms, stats=stats
+            x, routing, alignment=1, num_worst_tokens=0, config=config, stats=stats
         )
         num_rows = done.handle.recv_channel_prefix_matrix[:, 0]
         slots = _slots_of(num_rows, num_slots)
@@ -181,7 +182,7 @@ class Exchange:
         *,
         topk_weights: torch.Tensor | None = None,
         bias: Sequence[torch.Tensor] = (),
-        num_sms: int,
+        config: Config,
         stats: Stats,
     ) -> Combined:
         """Bring one row per (token, rank) back and sum them: float32, in rank order, rounded once.
@@ -191,7 +192,7 @@ class Exchange:
             handle: of that dispatch.
             topk_weights: [N, K] float32 to be summed alike; or None.
             bias: [T, H] tensors to add before rounding.
-            num_sms: concerns devices.
+            config: concerns devices.
             stats: where waits are added.
 
         Collective, Sync, Lifetime: as `dispatch`.

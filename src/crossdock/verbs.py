@@ -16,6 +16,7 @@ from typing import Generic, NamedTuple, Protocol
 import torch
 
 from crossdock.codec import AnyTokens, Tokens
+from crossdock.config import Config
 from crossdock.formats import RowFormat, TokenFormat
 from crossdock.handle import Handle, LowLatencyHandle
 from crossdock.routing import RoutingShare, Selection
@@ -108,20 +109,20 @@ class ExchangeCalls(Protocol):
         *,
         alignment: int,
         num_worst_tokens: int,
-        num_sms: int,
+        config: Config,
         stats: Stats,
     ) -> Dispatched[AnyTokens]:
         """Send every token to the ranks that want it."""
         ...
 
     def dispatch_again(
-        self, x: AnyTokens, handle: Handle, *, num_sms: int, stats: Stats
+        self, x: AnyTokens, handle: Handle, *, config: Config, stats: Stats
     ) -> AnyTokens:
         """Send other rows the way an earlier dispatch went."""
         ...
 
     def dispatch_views(
-        self, x: AnyTokens, routing: RoutingShare, *, num_slots: int, num_sms: int, stats: Stats
+        self, x: AnyTokens, routing: RoutingShare, *, num_slots: int, config: Config, stats: Stats
     ) -> Views:
         """Send every token to the ranks that want it, and leave the rows where they land."""
         ...
@@ -133,7 +134,7 @@ class ExchangeCalls(Protocol):
         *,
         topk_weights: torch.Tensor | None = None,
         bias: Sequence[torch.Tensor] = (),
-        num_sms: int,
+        config: Config,
         stats: Stats,
     ) -> Combined:
         """Bring one row per (token, rank) back and sum them."""

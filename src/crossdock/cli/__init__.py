@@ -26,8 +26,10 @@ def main() -> None:
 
     from crossdock.cli.bench import bench
     from crossdock.cli.demo import demo
+    from crossdock.cli.tune import tune
 
     app = typer.Typer(help="Expert-parallel dispatch and combine.", no_args_is_help=True)
     app.command()(demo)
     app.command()(bench)
+    app.command()(tune)
     app()

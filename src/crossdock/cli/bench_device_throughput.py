@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from crossdock import Buffer
+from crossdock import Buffer, Config
 from crossdock.cli.bench_device_clocks import Call, Check
 from crossdock.cli.bench_device_stage import Stage
 from crossdock.cli.bench_device_truth import bits, encode, encoded, factor
 from crossdock.reference import calc_diff
 
-__all__ = ["measure_throughput", "sum_problem"]
+__all__ = ["ThroughputCalls", "measure_throughput", "sum_problem"]
 
 _SUM_BOUND = 5e-6  # that of the case which the oracle judges
 
@@ -31,17 +31,22 @@ def measure_throughput(stage: Stage) -> None:
         with stage.buffer(max_tokens_per_rank=stage.chapter.num_tokens) as buffer:
             for num_sms in stage.chapter.sms:
                 Buffer.set_num_sms(num_sms)
-                _Calls(stage, buffer, num_sms=num_sms).measure()
+                ThroughputCalls(stage, buffer, num_sms=num_sms).measure()
             stage.describe(buffer)
     finally:
         Buffer.set_num_sms(usual)
 
 
-class _Calls:
-    """The library's calls on one rank, with one SM count."""
+class ThroughputCalls:
+    """The library's calls on one rank, with one SM count.
+
+    Attributes:
+        config: what cached dispatches and combines are given.
+    """
 
     def __init__(self, stage: Stage, buffer: Buffer, *, num_sms: int) -> None:
         self.stage, self.buffer, self.num_sms = stage, buffer, num_sms
+        self.config: Config | None = None
         self.truth, self.num_ranks = stage.truth, stage.setup.num_ranks
         self.x, self.topk_idx, self.topk_weights = stage.truth.mine
         self.encoded = encode(self.x)
@@ -88,9 +93,10 @@ class _Calls:
         """The same for fp8 with scales."""
         return self.dispatch(self.encoded)
 
-    def dispatch_again(self) -> Any:
+    def dispatch_again(self, x: Any = None) -> Any:
         """The way of an earlier dispatch."""
-        return self.buffer.dispatch(self.x, handle=self.handle)
+        given = self.x if x is None else x
+        return self.buffer.dispatch(given, handle=self.handle, config=self.config)
 
     def dispatch_fixed(self) -> Any:
         """As many rows as could come: nobody has to wait for counts."""
@@ -98,7 +104,7 @@ class _Calls:
 
     def combine(self) -> Any:
         """The rows back, summed."""
-        return self.buffer.combine(self.rows, self.handle)
+        return self.buffer.combine(self.rows, self.handle, config=self.config)
 
     def layout_problem(self, got: Any) -> str:
         """What is wrong with a layout."""

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 
 from crossdock.codec import AnyTokens, Tokens, join, row_format
+from crossdock.config import Config
 from crossdock.device.constants import aligned
 from crossdock.device.engine import Engine
 from crossdock.device.memory import Generation
@@ -60,7 +61,7 @@ class DeviceExchange:
         *,
         alignment: int,
         num_worst_tokens: int,
-        num_sms: int,
+        config: Config,
         stats: Stats,
     ) -> Dispatched[AnyTokens]:
         """See `Exchange.dispatch`."""
@@ -70,11 +71,11 @@ class DeviceExchange:
             trip = Trip(
                 engine,
                 attempt.call,
-                self._plan(row_format(x), routing, stats, pads=pads),
+                self._plan(row_format(x), routing, stats, pads=pads, config=config),
                 x=x,
                 routing=routing,
                 waits=stats.waits,
-                num_sms=num_sms,
+                config=config,
             )
             looks = not pads or not trip.memory.capacity.num_tokens
             if looks:
@@ -99,7 +100,7 @@ class DeviceExchange:
             return Dispatched(join(rows, x), idx, weights, per_expert, trip.handle(src_idx))
 
     def dispatch_again(
-        self, x: AnyTokens, handle: Handle, *, num_sms: int, stats: Stats
+        self, x: AnyTokens, handle: Handle, *, config: Config, stats: Stats
     ) -> AnyTokens:
         """See `Exchange.dispatch_again`."""
         engine, handle = self._engine, _contiguous(handle)
@@ -108,12 +109,12 @@ class DeviceExchange:
             trip = Trip(
                 engine,
                 attempt.call,
-                self._plan(row_format(x), None, stats, pads=True),
+                self._plan(row_format(x), None, stats, pads=True, config=config),
                 x=x,
                 routing=RoutingShare(handle.is_token_in_rank, handle[1]),
                 again=handle,
                 waits=stats.waits,
-                num_sms=num_sms,
+                config=config,
             )
             if trip.num_tokens != handle.num_tokens:
                 raise HandleError(f"x has {trip.num_tokens} tokens, the handle {handle.num_tokens}")
@@ -125,7 +126,7 @@ class DeviceExchange:
             return join(rows, x)
 
     def dispatch_views(
-        self, x: AnyTokens, routing: RoutingShare, *, num_slots: int, num_sms: int, stats: Stats
+        self, x: AnyTokens, routing: RoutingShare, *, num_slots: int, config: Config, stats: Stats
     ) -> Views:
         """See `Exchange.dispatch_views`."""
         engine, shape = self._engine, (self._num_ranks, num_slots)
@@ -134,11 +135,18 @@ class DeviceExchange:
             trip = Trip(
                 engine,
                 attempt.call,
-                self._plan(row_format(x), routing, stats, viewed=True, num_tokens=num_slots),
+                self._plan(
+                    row_format(x),
+                    routing,
+                    stats,
+                    viewed=True,
+                    num_tokens=num_slots,
+                    config=config,
+                ),
                 x=x,
                 routing=routing,
                 waits=stats.waits,
-                num_sms=num_sms,
+                config=config,
             )
             trip.route(routing.num_tokens_per_expert, is_read=False)
             beside = engine.fork()
@@ -156,7 +164,7 @@ class DeviceExchange:
         *,
         topk_weights: torch.Tensor | None = None,
         bias: Sequence[torch.Tensor] = (),
-        num_sms: int,
+        config: Config,
         stats: Stats,
     ) -> Combined:
         """See `Exchange.combine`."""
@@ -170,7 +178,15 @@ class DeviceExchange:
             num_topk = 0 if weights is None else weights.shape[1]
             counts_waits = self._counts_waits(stats)
             plan = plan_combine(
-                CombineShape(x.dtype, hidden, num_topk, len(bias), counts_waits, engine.group)
+                CombineShape(
+                    x.dtype,
+                    hidden,
+                    num_topk,
+                    len(bias),
+                    counts_waits,
+                    config.tile_bytes,
+                    engine.group,
+                )
             )
             memory = engine.memory(plan.capacity)
             out, sums = x.new_empty((head.shape[0], hidden)), None
@@ -193,7 +209,7 @@ class DeviceExchange:
                 head.data_ptr(),
                 (x if stats.waits is None else stats.waits).data_ptr(),
             )
-            call = _back_call(handle, memory, num_rows=num_rows, num_sms=num_sms)
+            call = _back_call(handle, memory, num_rows=num_rows, config=config)
             link = engine.link(memory, attempt.call, State.COMBINE)
             arguments = (rows, summed, link, memory.plan.back, call)
             num_programs = call.num_senders + plan.num_timers + call.num_reducers
@@ -205,7 +221,8 @@ class DeviceExchange:
         engine = self._engine
         with engine.session.call(Operation.WARMUP) as attempt:
             engine.begin(attempt)
-            engine.memory(self._plan(form, None, Stats(), num_tokens=num_tokens).capacity)
+            plan = self._plan(form, None, Stats(), num_tokens=num_tokens, config=Config())
+            engine.memory(plan.capacity)
             engine.meet()
         engine.session.settle_in()
 
@@ -222,6 +239,7 @@ class DeviceExchange:
         pads: bool = False,
         viewed: bool = False,
         num_tokens: int = 0,
+        config: Config,
     ) -> DispatchPlan:
         """What a dispatch of such rows needs; a cached one brings no choices."""
         num_topk, local, has_weights = 0, 0, False
@@ -239,6 +257,7 @@ class DeviceExchange:
                 viewed,
                 self._counts_waits(stats),
                 max(num_tokens, self._reserve_tokens),
+                config.tile_bytes,
                 self._engine.group,
             )
         )
@@ -284,7 +303,7 @@ def _empty_choices(
 
 
 def _back_call(
-    handle: Handle, memory: Generation, *, num_rows: int, num_sms: int
+    handle: Handle, memory: Generation, *, num_rows: int, config: Config
 ) -> rank_sums.BackCall:
     have, table = memory.capacity, handle.recv_src_idx
     return rank_sums.BackCall(
@@ -293,5 +312,5 @@ def _back_call(
         have.num_chunks,
         num_rows,
         table.shape[1] if table.dim() == 2 else 0,
-        *shares(num_sms, back=True),
+        *shares(config.num_sms, senders=config.num_send_sms, back=True),
     )

@@ -49,7 +49,13 @@ _DTYPES = MappingProxyType(
 
 
 def rank_row(
-    form: RowFormat, *, num_topk: int, has_weights: bool, local: int, viewed: bool = False
+    form: RowFormat,
+    *,
+    num_topk: int,
+    has_weights: bool,
+    local: int,
+    viewed: bool = False,
+    tile_bytes: int = 0,
 ) -> rank_rows.RankRow:
     """The constants of the dispatch kernels."""
     word = widest_word(form.payload_bytes)
@@ -71,14 +77,20 @@ def rank_row(
         padded_topk=next_power_of_two(max(num_topk, 1)),
         has_weights=has_weights,
         local=local,
-        rows=max(min(_DISPATCH_WORDS // padded, CHUNK), 1),
+        rows=_rows_at_once(tile_bytes // 8 or _DISPATCH_WORDS, padded),
         chunk=CHUNK,
         viewed=viewed,
     )
 
 
 def back_row(
-    dtype: torch.dtype, hidden: int, *, num_topk: int, num_bias: int, num_ranks: int
+    dtype: torch.dtype,
+    hidden: int,
+    *,
+    num_topk: int,
+    num_bias: int,
+    num_ranks: int,
+    tile_bytes: int = 0,
 ) -> rank_sums.BackRow:
     """The constants of the combine kernel."""
     num_bytes = hidden * dtype.itemsize
@@ -86,7 +98,8 @@ def back_row(
     num_words = max(num_bytes // min(word, 8), 1)
     padded = next_power_of_two(num_words)
     weights_at, columns = align(num_bytes, 16), next_power_of_two(max(hidden, 1))
-    at_once = _COMBINE_WORDS if num_ranks <= _FEW_RANKS else _COMBINE_WORDS // 2
+    usual = _COMBINE_WORDS if num_ranks <= _FEW_RANKS else _COMBINE_WORDS // 2
+    at_once = tile_bytes // 8 or usual
     return rank_sums.BackRow(
         element=_DTYPES[dtype],
         hidden=hidden,
@@ -100,8 +113,8 @@ def back_row(
         num_topk=num_topk,
         padded_topk=next_power_of_two(max(num_topk, 1)),
         num_bias=num_bias,
-        rows=max(min(at_once // padded, CHUNK) // (2 if num_topk else 1), 1),
-        sums=max(min(2 * at_once // columns, CHUNK), 1),
+        rows=max(_rows_at_once(at_once, padded) // (2 if num_topk else 1), 1),
+        sums=_rows_at_once(2 * at_once, columns),
         chunk=CHUNK,
     )
 
@@ -152,6 +165,7 @@ class DispatchShape(NamedTuple):
         viewed: whether rows stay where they land.
         counts_waits: whether programs measure how long each rank is waited for.
         num_tokens: tokens of a rank to make room for in advance.
+        tile_bytes: see `Config`.
         group: the ranks.
     """
 
@@ -163,6 +177,7 @@ class DispatchShape(NamedTuple):
     viewed: bool
     counts_waits: bool
     num_tokens: int
+    tile_bytes: int
     group: Group
 
 
@@ -194,6 +209,7 @@ def plan_dispatch(shape: DispatchShape) -> DispatchPlan:
         has_weights=shape.has_weights,
         local=shape.local,
         viewed=shape.viewed,
+        tile_bytes=shape.tile_bytes,
     )
     back = form.hidden * max(2, min(form.element.itemsize, 4)) + 4 * shape.num_topk
     return DispatchPlan(
@@ -214,7 +230,7 @@ def plan_dispatch(shape: DispatchShape) -> DispatchPlan:
 class CombineShape(NamedTuple):
     """What combines of a kind have in common: dtype, H, K (0 without weights), biases, ranks.
 
-    Also whether programs measure how long each rank is waited for.
+    Also `Config.tile_bytes`, and whether programs measure how long each rank is waited for.
     """
 
     dtype: torch.dtype
@@ -222,6 +238,7 @@ class CombineShape(NamedTuple):
     num_topk: int
     num_bias: int
     counts_waits: bool
+    tile_bytes: int
     group: Group
 
 
@@ -246,6 +263,7 @@ def plan_combine(shape: CombineShape) -> CombinePlan:
         num_topk=shape.num_topk,
         num_bias=shape.num_bias,
         num_ranks=shape.group.size,
+        tile_bytes=shape.tile_bytes,
     )
     return CombinePlan(
         combine_kernel(row, shape.group, times=shape.counts_waits),
@@ -262,14 +280,27 @@ class Shares(NamedTuple):
 
 
 @functools.cache
-def shares(num_sms: int, *, back: bool = False, viewed: bool = False) -> Shares:
+def shares(num_sms: int, *, senders: int = 0, back: bool = False, viewed: bool = False) -> Shares:
     """A third of the programs keeps the link busy; more than 32 (64 on the way back) do no good.
 
     Where nothing is placed, most of them send.
+
+    Args:
+        num_sms: programs in all.
+        senders: so many send; 0 for what is said above.
+        back: on the way back.
+        viewed: nothing is placed.
     """
-    senders = num_sms * 3 // 4 if viewed else num_sms // (2 if back else 3)
-    senders = min(max(senders, 1), 64 if back else 32)
+    if not senders:
+        most = num_sms * 3 // 4 if viewed else num_sms // (2 if back else 3)
+        senders = min(max(most, 1), 64 if back else 32)
     return Shares(senders, max(num_sms - senders, 1))
+
+
+def _rows_at_once(most: int, padded: int) -> int:
+    """Rows of a tile of so many words at most, a power of two."""
+    rows = max(min(most // padded, CHUNK), 1)
+    return 1 << (rows.bit_length() - 1)
 
 
 def _num_warps(tile_words: int) -> int:

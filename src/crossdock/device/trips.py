@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 
 from crossdock.codec import Tokens
-from crossdock.config import align
+from crossdock.config import Config, align
 from crossdock.device.constants import aligned
 from crossdock.device.engine import Engine
 from crossdock.device.memory import CHUNK, DeviceCapacity
@@ -46,7 +46,7 @@ class Trip:
         routing: where to.
         again: the handle of the dispatch that it repeats; None for a first one.
         waits: [R] int64, where waits are added, if they are counted.
-        num_sms: programs that may run at a time.
+        config: how many programs may run at a time, and how many of them send.
 
     Attributes:
         num_tokens: T.
@@ -67,7 +67,7 @@ class Trip:
         routing: RoutingShare,
         again: Handle | None = None,
         waits: torch.Tensor | None = None,
-        num_sms: int,
+        config: Config,
     ) -> None:
         planes = [aligned(part) for part in (x if isinstance(x, tuple) else (x,))]
         if planes[0].device.type not in engine.device_types:
@@ -76,7 +76,8 @@ class Trip:
                 f"x is on {planes[0].device}"
             )
         self._engine, self._call, self._plan = engine, call, plan
-        self._shares, self._waits = shares(num_sms, viewed=plan.row.viewed), waits
+        self._shares = shares(config.num_sms, senders=config.num_send_sms, viewed=plan.row.viewed)
+        self._waits = waits
         self._in_rank = routing.is_token_in_rank.contiguous()
         self.num_tokens = planes[0].shape[0]
         self.memory = engine.memory(plan.capacity)
