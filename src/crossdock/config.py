@@ -7,7 +7,7 @@ nothing; the size hints say with how much memory a buffer should start.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from crossdock.errors import ConfigError
@@ -55,8 +55,8 @@ class Config:
     num_max_nvl_chunked_recv_tokens: int = 256
     num_max_rdma_chunked_send_tokens: int = 6
     num_max_rdma_chunked_recv_tokens: int = 256
-    num_send_sms: int = 0
-    tile_bytes: int = 0
+    num_send_sms: int = field(default=0, kw_only=True)
+    tile_bytes: int = field(default=0, kw_only=True)
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():

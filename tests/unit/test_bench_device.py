@@ -248,9 +248,17 @@ def test_high_throughput_calls_are_measured(pool: Pool, num_ranks: int) -> None:
     asked = chapter("crossdock", setup={"num_ranks": num_ranks})
     report = measured(pool, asked)
     assert whys(report) == set()
-    names = ["layout", "dispatch", "dispatch", "dispatch, cached", "dispatch, fixed rows"]
+    names = [
+        "layout",
+        *(["dispatch"] * 2),
+        "dispatch, cached",
+        "dispatch, fixed rows",
+        *(["dispatch, views"] * 2),
+        "dispatch, cached",
+        "combine",
+    ]
     assert [(each.call, each.num_sms) for each in report.figures] == [
-        (name, sms) for sms in (24, 128) for name in (*names, "combine")
+        (name, sms) for sms in (24, 128) for name in names
     ]
     truth = Truth(asked.setup, 6, 0, CPU)
     fp8 = report.figures[2]

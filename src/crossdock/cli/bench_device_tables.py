@@ -28,7 +28,14 @@ __all__ = ["as_json", "tables_of"]
 
 _WIDEST = 160  # characters of a reason in a table; JSON has all of them
 _MOST_LABELS = 6  # of figures that are missing for the same reason
-_CALLS = ("layout", "dispatch", "dispatch, cached", "dispatch, fixed rows", "combine")
+_CALLS = (
+    "layout",
+    "dispatch",
+    "dispatch, cached",
+    "dispatch, fixed rows",
+    "dispatch, views",
+    "combine",
+)
 _COLUMNS = (
     (PAIR, "graph", "both"),
     (KNOWN, "graph", "weights first"),

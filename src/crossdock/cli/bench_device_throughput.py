@@ -8,6 +8,7 @@ N rows received.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -61,6 +62,11 @@ class ThroughputCalls:
         self.one("dispatch", self.dispatch_fp8, self.dispatch_problem, form="fp8")
         self.one("dispatch, cached", self.dispatch_again, lambda got: self.rows_problem(got[0]))
         self.one("dispatch, fixed rows", self.dispatch_fixed, self.fixed_problem)
+        self.one("dispatch, views", self.dispatch_views, self.views_problem)
+        views_fp8 = partial(self.dispatch_views, self.encoded)
+        self.one("dispatch, views", views_fp8, self.views_problem, form="fp8")
+        again_fp8 = partial(self.dispatch_again, self.encoded)
+        self.one("dispatch, cached", again_fp8, lambda got: self.rows_problem(got[0]), form="fp8")
         self.one("combine", self.combine, lambda got: sum_problem(self.stage, got[0]))
 
     def one(
@@ -102,6 +108,19 @@ class ThroughputCalls:
         """As many rows as could come: nobody has to wait for counts."""
         return self.dispatch(num_worst_tokens=self.num_ranks * len(self.x))
 
+    def dispatch_views(self, x: Any = None) -> Any:
+        """The rows where they land; nobody copies them."""
+        _, _, per_expert, is_token_in_rank, _ = self.known
+        views, _ = self.buffer.dispatch_views(
+            self.x if x is None else x,
+            len(self.x),
+            is_token_in_rank=is_token_in_rank,
+            num_tokens_per_expert=per_expert,
+            topk_idx=self.topk_idx,
+            topk_weights=self.topk_weights,
+        )
+        return views
+
     def combine(self) -> Any:
         """The rows back, summed."""
         return self.buffer.combine(self.rows, self.handle, config=self.config)
@@ -127,6 +146,14 @@ class ThroughputCalls:
         is_marked = bool((got[1][num_rows:] == -1).all()) and got[3] == []
         problem = self.dispatch_problem((*came, self.truth.expert_counts))
         return problem or ("" if is_marked else "what marks missing rows")
+
+    def views_problem(self, got: Any) -> str:
+        """What is wrong with rows that lie where they landed."""
+        planes = [got.tokens] if isinstance(got.tokens, Tensor) else list(got.tokens)
+        counts = got.num_rows.tolist()
+        came = [[each[rank, :num] for rank, num in enumerate(counts)] for each in planes]
+        rows = [torch.cat(parts) for parts in came]
+        return self.rows_problem(rows[0] if len(rows) == 1 else tuple(rows))
 
     def rows_problem(self, recv_x: Any) -> str:
         """What is wrong with received rows, of bf16 or of fp8 with scales."""

@@ -176,7 +176,8 @@ class Engine:
         while not seen[0]:
             os.sched_yield()
         self.check()
-        return [int(word) for word in seen]
+        numbers: list[int] = seen.tolist()
+        return numbers
 
     def fork(self) -> Fork:
         """A second line of work beside the current stream, from here on."""

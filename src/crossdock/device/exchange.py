@@ -86,8 +86,6 @@ class DeviceExchange:
                 trip.send(beside)
             elif not looks:
                 raise trip.too_many()
-            else:
-                trip.send_nothing()
             num_rows, per_expert = num_worst_tokens, list[int]()
             if looks:
                 words = engine.wait_for_host(told)

@@ -130,16 +130,6 @@ class Trip:
         with beside:
             plan.send.launch(programs, arguments)
 
-    def send_nothing(self) -> None:
-        """Let ranks whose rows have room send them: they wait until this one has come."""
-        arguments = (
-            self._sent,
-            self._engine.link(self.memory, self._call, State.SEND),
-            self.memory.plan.rows,
-            self._sent_call(1)._replace(num_tokens=0),
-        )
-        self._plan.send.launch(1, arguments)
-
     def place(
         self,
         rows: Sequence[torch.Tensor],
