@@ -36,7 +36,6 @@ from crossdock.formats import RowFormat, TokenFormat
 from crossdock.handle import Handle
 from crossdock.low_latency import LowLatency
 from crossdock.low_latency_arguments import LowLatencyOptions
-from crossdock.routing import dispatch_layout
 from crossdock.shapes import check_tensor
 from crossdock.topology import Communicator, Topology
 from crossdock.transports import Limits, select
@@ -192,7 +191,7 @@ class Buffer(DecodingCalls):
         """
         with self._turn(previous_event, async_finish) as turn:
             check_tensor("topk_idx", topk_idx, dtype=topk_idx_t, shape=(None, None))
-            found = dispatch_layout(topk_idx, num_experts, self.group_size)
+            found = self._exchange.layout(topk_idx, num_experts)
             event = turn.event(topk_idx, *vars(found).values())
         per_rank, per_expert = found.num_tokens_per_rank, found.num_tokens_per_expert
         return per_rank, None, per_expert, found.is_token_in_rank, event

@@ -24,7 +24,13 @@ from crossdock.config import Config
 from crossdock.errors import HandleError, UnsupportedError
 from crossdock.formats import RowFormat
 from crossdock.handle import Handle
-from crossdock.routing import RoutingShare, RoutingTable, ShareShape
+from crossdock.routing import (
+    DispatchLayout,
+    RoutingShare,
+    RoutingTable,
+    ShareShape,
+    dispatch_layout,
+)
 from crossdock.topology import Topology, num_local_experts
 from crossdock.transports.base import Routed, Shipment
 from crossdock.transports.header import Header, Operation
@@ -53,6 +59,10 @@ class Exchange:
         self._rank, self._num_ranks = topology.rank, topology.num_ranks
         self._session = session
         self._reserve_tokens = reserve_tokens
+
+    def layout(self, topk_idx: torch.Tensor, num_experts: int) -> DispatchLayout:
+        """See `routing.dispatch_layout`. Collective: no. Sync: no. Lifetime: the caller's."""
+        return dispatch_layout(topk_idx, num_experts, self._num_ranks)
 
     def dispatch(
         self,

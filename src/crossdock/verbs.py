@@ -19,7 +19,7 @@ from crossdock.codec import AnyTokens, Tokens
 from crossdock.config import Config
 from crossdock.formats import RowFormat, TokenFormat
 from crossdock.handle import Handle, LowLatencyHandle
-from crossdock.routing import RoutingShare, Selection
+from crossdock.routing import DispatchLayout, RoutingShare, Selection
 from crossdock.transports.session import Receive
 
 __all__ = [
@@ -101,6 +101,10 @@ class Stats(NamedTuple):
 
 class ExchangeCalls(Protocol):
     """The high-throughput verbs of one buffer, whoever moves the rows. See `Exchange`."""
+
+    def layout(self, topk_idx: torch.Tensor, num_experts: int) -> DispatchLayout:
+        """Count where this rank's tokens go."""
+        ...
 
     def dispatch(
         self,

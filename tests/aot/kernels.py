@@ -17,8 +17,16 @@ from triton.compiler import ASTSource
 from crossdock import formats
 from crossdock.device import expert_kernels, rank_kernels
 from crossdock.device.launch import Kernel, model_of
+from crossdock.device.layout import layout_kernel
 from crossdock.device.memory import NUM_STATES
-from crossdock.ops.triton import expert_records, expert_sums, rank_routes, rank_rows, rank_sums
+from crossdock.ops.triton import (
+    expert_records,
+    expert_sums,
+    rank_layouts,
+    rank_routes,
+    rank_rows,
+    rank_sums,
+)
 from crossdock.ops.triton.sync import Group, Link
 from tests.ops.quantize_kernels import usage_of
 
@@ -41,6 +49,7 @@ def types_of(*kinds: Any) -> tuple[Any, ...]:
 SENT, RECEIVED, LINK = rank_rows.Sent, rank_rows.Received, Link
 ROW_CALL = (LINK, rank_rows.RowZone, rank_rows.SentCall)
 ARGUMENTS = {
+    "lay_out_tokens": types_of(rank_layouts.LayoutOf),
     "route_ranks": types_of(SENT, RECEIVED, rank_routes.Learned, *ROW_CALL),
     "send_ranks": types_of(SENT, *ROW_CALL),
     "place_ranks": types_of(SENT, RECEIVED, *ROW_CALL),
@@ -199,6 +208,11 @@ def words_of(row: rank_rows.RankRow | rank_sums.BackRow, shape: Shape) -> int:
     return 8 * row.rows * row.padded_words if row.word == 16 and shape.num_ranks > 1 else 0
 
 
+def make_lay_out_tokens(shape: Shape, capability: int) -> tuple[Kernel, Tile]:
+    kernel, _ = layout_kernel(shape.num_topk, shape.num_local * shape.num_ranks, shape.num_ranks)
+    return kernel, Tile()
+
+
 def make_route_ranks(shape: Shape, capability: int) -> tuple[Kernel, Tile]:
     kernel = rank_kernels.route_kernel(shape.num_local, group_of(shape), times=shape.counts_waits)
     return kernel, Tile()
@@ -233,6 +247,7 @@ def make_combine_ranks(shape: Shape, capability: int) -> tuple[Kernel, Tile]:
 
 
 MAKERS = {
+    "lay_out_tokens": make_lay_out_tokens,
     "dispatch_experts": make_dispatch_experts,
     "combine_experts": make_combine_experts,
     "route_ranks": make_route_ranks,

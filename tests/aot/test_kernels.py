@@ -23,6 +23,7 @@ import crossdock
 
 CAPABILITIES = [80, 90, 100]
 EVERYWHERE = {
+    "lay_out_tokens": {},
     "dispatch_experts fp8": {"form": "fp8"},
     "dispatch_experts bf16, compact": {"compact": True, "brings_weights": True},
     "combine_experts": {},

@@ -153,10 +153,10 @@ def test_bandwidth_is_bytes_by_time() -> None:
     got = figure(logical_bytes=212e6, wire_bytes=156e6, time_us=400.0)
     assert got.logical_gb_s == pytest.approx(530.0)
     assert got.wire_gb_s == pytest.approx(390.0)
-    assert got.limit_us(390.0) == pytest.approx(400.0)
+    assert got.copies_us(390.0) == pytest.approx(400.0)
     assert figure(wire_bytes=156e6).wire_gb_s is None
     assert figure(time_us=3.0).wire_gb_s is None
-    assert figure(wire_bytes=1.0).limit_us(None) is None
+    assert figure(wire_bytes=1.0).copies_us(None) is None
 
 
 def test_rows_have_the_bytes_of_their_form() -> None:
@@ -280,6 +280,8 @@ def test_low_latency_calls_are_measured(pool: Pool) -> None:
     assert all(each.time_us for each in report.figures[:2])
     assert whys(report) == {"UnsupportedError: a CUDA graph needs a GPU"}
     assert report.memory[str(asked)]["fp8 slabs"] == 2 * 4 * 128 * (256 + 8)
+    rows = 4 * 6 * 256  # of six tokens of each rank, at least, and a landing zone holds more
+    assert report.memory[str(asked)]["peer-addressable"] > rows
     assert report.is_healthy
 
 
@@ -669,7 +671,7 @@ def cells(table: Any) -> list[list[str]]:
     return [list(row) for row in zip(*(column.cells for column in table.columns), strict=True)]
 
 
-def test_single_calls_are_shown_beside_the_limit() -> None:
+def test_single_calls_are_shown_beside_copies() -> None:
     rows = cells(throughput_table(a_report(), TINY))
     assert [row[1:5] for row in rows] == [
         ["layout", "bf16", "crossdock", "-"],
@@ -677,8 +679,15 @@ def test_single_calls_are_shown_beside_the_limit() -> None:
         ["dispatch", "bf16", "crossdock", "24"],
         ["dispatch", "bf16", "crossdock", "128"],
     ]
-    assert rows[3][5:] == ["450.0", "31.0", "462.2", "346.7", "400.0", "89%"]
-    assert rows[0][5:] == ["7.0", "-", "-", "-", "-", "-"]
+    assert rows[3][5:] == ["450.0", "31.0", "462.2", "346.7", "400.0"]
+    assert rows[0][5:] == ["7.0", "-", "-", "-", "-"]
+
+
+def test_copies_are_called_no_limit() -> None:
+    for table in (throughput_table(a_report(), TINY), low_latency_table(a_report(), TINY)):
+        assert not [str(column.header) for column in table.columns if "limit" in str(column.header)]
+        assert "390 GB/s, which copies to all other ranks at once got" in str(table.caption)
+        assert str(table.caption).count("limit") == str(table.caption).count("no limit") == 1
 
 
 def test_graphs_are_shown_in_one_row() -> None:
@@ -713,8 +722,8 @@ def test_json_holds_everything() -> None:
     document = json.loads(as_json(a_report(), TINY, {"gpu": "abacus"}))
     assert document["machine"] == {"gpu": "abacus"}
     assert document["setup"]["hidden"] == 256
-    assert document["link_gb_s"] == 390.0
-    assert document["figures"][1]["limit_us"] == pytest.approx(400.0)
+    assert document["copies_gb_s"] == 390.0
+    assert document["figures"][1]["copies_us"] == pytest.approx(400.0)
     assert document["figures"][1]["wire_gb_s"] == pytest.approx(346.67, abs=0.01)
     assert document["figures"][7]["why"] == "ValueError: too few\nand more"
     assert document["kernels"][0]["name"] == "_send"

@@ -194,8 +194,8 @@ class Figure:
         """Whether it was refused for a result that differs from what it must be."""
         return self.why.startswith("wrong result")
 
-    def limit_us(self, link_gb_s: float | None) -> float | None:
-        """What the links alone would take for the rows of other ranks."""
+    def copies_us(self, link_gb_s: float | None) -> float | None:
+        """What copies between devices would take for the bytes of other ranks' rows."""
         return self.wire_bytes / link_gb_s / 1e3 if link_gb_s and self.wire_bytes else None
 
 
@@ -215,7 +215,8 @@ class Report:
     Attributes:
         about: What -> what is to be said of it.
         memory: Chapter -> purpose -> bytes of a rank.
-        link_gb_s: What the links of a rank carry, one direction; None where nobody looked.
+        link_gb_s: What copies from a rank to all others got through its links; None where nobody
+            looked. No limit: kernels may get more.
         is_healthy: Whether the rank processes can go on.
     """
 

@@ -86,7 +86,7 @@ def _draw_panel(axes: Axes, report: Report, call: str) -> None:
             markersize=3.5,
             label=f"{system}, {form}{', graph' if is_latent else ''}",
         )
-    _draw_limit(axes, report, call)
+    _draw_copies(axes, report, call)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     ticks = sorted({tokens for points in shown.values() for tokens, _ in points})
@@ -101,15 +101,17 @@ def _draw_panel(axes: Axes, report: Report, call: str) -> None:
     axes.tick_params(length=0, labelcolor=_GREY, which="both")
 
 
-def _draw_limit(axes: Axes, report: Report, call: str) -> None:
-    """What the links would take for rows of bf16."""
-    limits = {
-        figure.num_tokens: limit
+def _draw_copies(axes: Axes, report: Report, call: str) -> None:
+    """What copies of the same bytes would take, for rows of bf16."""
+    copies = {
+        figure.num_tokens: copies_us
         for figure in report.figures
         if (figure.call, figure.form, figure.mode) == (call, "bf16", HIGH_THROUGHPUT)
-        and (limit := figure.limit_us(report.link_gb_s)) is not None
+        and (copies_us := figure.copies_us(report.link_gb_s)) is not None
     }
-    if limits:
-        tokens = sorted(limits)
-        times = [limits[each] for each in tokens]
-        axes.plot(tokens, times, color=_GREY, linewidth=1, label="limit of the links, bf16")
+    if copies:
+        tokens = sorted(copies)
+        times = [copies[each] for each in tokens]
+        axes.plot(
+            tokens, times, color=_GREY, linewidth=1, marker="x", label="copies of the bytes, bf16"
+        )

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from crossdock import Buffer, UnsupportedError
+from crossdock import Buffer
 from crossdock.cli.bench_device_cases import (
     Chapter,
     Figure,
@@ -90,8 +90,8 @@ class Stage(contextlib.AbstractContextManager["Stage"]):
         """Keeps what a buffer says of itself, the memory it holds, and other sizes in bytes."""
         self.report.about[str(self.chapter)] = repr(buffer)
         held = self.report.memory.setdefault(str(self.chapter), {})
-        with contextlib.suppress(UnsupportedError):
-            held["peer-addressable"] = buffer.get_local_buffer_tensor(torch.uint8).numel()
+        if buffer.memory:
+            held["peer-addressable"] = sum(buffer.memory.values())
         held.update(sizes)
 
     def blank(

@@ -66,7 +66,7 @@ def as_json(report: Report, setup: Setup, facts: Mapping[str, str]) -> str:
         {
             "machine": dict(facts),
             "setup": asdict(setup),
-            "link_gb_s": report.link_gb_s,
+            "copies_gb_s": report.link_gb_s,
             "figures": [_as_dict(figure, report.link_gb_s) for figure in report.figures],
             "kernels": [
                 {"name": each.name, "runs": each.runs, "time_us": each.time_us}
@@ -86,9 +86,9 @@ def throughput_table(report: Report, setup: Setup) -> Table:
         f"high throughput: {_sizes(setup)}\n"
         f"median of {setup.num_iters} calls, slowest rank, from call to usable result, cold cache",
         ("tokens", "call", "", "system", "SMs"),
-        ("us", "host us", "logical", "wire", "limit us", "of limit"),
+        ("us", "host us", "logical", "wire", "copies us"),
         caption="GB/s of a rank; logical: all rows that land, wire: those of other ranks\n"
-        f"{_limit_words(report)}\nhost: until the call returned",
+        f"{_copies_words(report)}\nhost: until the call returned",
     )
     figures = [each for each in _measured(report, HIGH_THROUGHPUT) if each.clock == "events"]
     tokens = None
@@ -106,10 +106,10 @@ def low_latency_table(report: Report, setup: Setup) -> Table:
         f"low latency: {_sizes(setup)}\nus, slowest rank; dispatch and combine by a CUDA graph of "
         "10, median of 15 replays; wall: called from the host",
         ("tokens", "", "system"),
-        (*(heading for _, _, heading in _COLUMNS), "host", "limit", "logical", "wire"),
+        (*(heading for _, _, heading in _COLUMNS), "host", "copies", "logical", "wire"),
         caption="weights first: dispatch is given them already; host: until both calls returned\n"
-        "limit, and GB/s as above: of both, by rows, of which a token sends one to each rank\n"
-        f"{_limit_words(report)}",
+        "copies, and GB/s as above: of both, by rows, of which a token sends one to each rank\n"
+        f"{_copies_words(report)}",
     )
     rows: dict[tuple[int, str, str], dict[tuple[str, str], Figure]] = {}
     for figure in _measured(report, LOW_LATENCY):
@@ -126,7 +126,7 @@ def memory_table(report: Report) -> Table:
         "memory of a rank",
         ("", "purpose"),
         ("MB",),
-        caption="peer-addressable: what other ranks write to; slabs: what one dispatch returns",
+        caption="peer-addressable: what other ranks can reach; slabs: what one dispatch returns",
     )
     for chapter, sizes in report.memory.items():
         for purpose, nbytes in sizes.items():
@@ -172,12 +172,12 @@ def _sizes(setup: Setup) -> str:
     return f"{setup.num_ranks} ranks, hidden {setup.hidden}, {choice}{rehearsal}"
 
 
-def _limit_words(report: Report) -> str:
+def _copies_words(report: Report) -> str:
     if report.link_gb_s is None:
-        return "limit: the links were not measured"
+        return "copies: were not measured"
     return (
-        f"limit: the wire's bytes at {report.link_gb_s:.0f} GB/s, which copies to all other ranks "
-        "got in this run"
+        f"copies: the wire's bytes at {report.link_gb_s:.0f} GB/s, which copies to all other ranks "
+        "at once got in this run; no limit"
     )
 
 
@@ -191,8 +191,6 @@ def _throughput_order(figure: Figure) -> tuple[int, int, str, str, int]:
 
 
 def _throughput_cells(figure: Figure, link_gb_s: float | None) -> list[str]:
-    limit_us = figure.limit_us(link_gb_s)
-    share = None if limit_us is None or not figure.time_us else limit_us / figure.time_us
     return [
         str(figure.num_tokens),
         figure.call,
@@ -203,8 +201,7 @@ def _throughput_cells(figure: Figure, link_gb_s: float | None) -> list[str]:
         _number(figure.host_us),
         _number(figure.logical_gb_s),
         _number(figure.wire_gb_s),
-        _number(limit_us),
-        "-" if share is None else f"{share:.0%}",
+        _number(figure.copies_us(link_gb_s)),
     ]
 
 
@@ -217,7 +214,7 @@ def _low_latency_cells(
     return [
         *(_number(each.time_us if each else None) for each in times),
         _number(wall.host_us if wall else None),
-        _number(known.limit_us(link_gb_s) if known else None),
+        _number(known.copies_us(link_gb_s) if known else None),
         _number(both.logical_gb_s if both else None),
         _number(both.wire_gb_s if both else None),
     ]
@@ -249,5 +246,5 @@ def _as_dict(figure: Figure, link_gb_s: float | None) -> dict[str, Any]:
         **asdict(figure),
         "logical_gb_s": figure.logical_gb_s,
         "wire_gb_s": figure.wire_gb_s,
-        "limit_us": figure.limit_us(link_gb_s),
+        "copies_us": figure.copies_us(link_gb_s),
     }

@@ -17,6 +17,7 @@ from crossdock.codec import AnyTokens, Tokens, join, row_format
 from crossdock.config import Config
 from crossdock.device.constants import aligned
 from crossdock.device.engine import Engine
+from crossdock.device.layout import device_layout
 from crossdock.device.memory import Generation
 from crossdock.device.rank_kernels import (
     CombineShape,
@@ -33,7 +34,7 @@ from crossdock.errors import HandleError, RankMismatchError, UnsupportedError
 from crossdock.formats import RowFormat
 from crossdock.handle import Handle
 from crossdock.ops.triton import rank_sums
-from crossdock.routing import RoutingShare
+from crossdock.routing import DispatchLayout, RoutingShare, dispatch_layout
 from crossdock.topology import num_local_experts
 from crossdock.transports.header import Operation
 from crossdock.verbs import Combined, Dispatched, Stats, Views
@@ -53,6 +54,12 @@ class DeviceExchange:
         self._engine = engine
         self._rank, self._num_ranks = engine.rank, engine.num_ranks
         self._reserve_tokens = reserve_tokens
+
+    def layout(self, topk_idx: torch.Tensor, num_experts: int) -> DispatchLayout:
+        """See `Exchange.layout`."""
+        is_here = topk_idx.device.type in self._engine.device_types
+        count = device_layout if is_here else dispatch_layout
+        return count(topk_idx, num_experts, self._num_ranks)
 
     def dispatch(
         self,
