@@ -8,6 +8,7 @@ T tokens here, K top-k, H hidden, R ranks, E experts, L = E / R local experts, N
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import TracebackType
 from typing import ClassVar
 
@@ -548,9 +549,14 @@ class Buffer(DecodingCalls):
     ) -> None:
         self.destroy()
 
+    @property
+    def memory(self) -> Mapping[str, int]:
+        """Bytes that this buffer holds on this rank, by purpose; none after `destroy`."""
+        return {} if self._session.closed else self._session.transport.memory()
+
     def __repr__(self) -> str:
-        held = {} if self._session.closed else self._session.transport.memory()
-        memory = ", ".join(f"{name} {nbytes:,} B" for name, nbytes in held.items()) or "none held"
+        memory = ", ".join(f"{name} {nbytes:,} B" for name, nbytes in self.memory.items())
+        memory = memory or "none held"
         return (
             f"Buffer(rank {self.rank} of {self.group_size}, transport {self.transport}, "
             f"memory: {memory})"

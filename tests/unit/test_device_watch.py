@@ -14,6 +14,7 @@ from crossdock.ops.triton import expert_rows, expert_sums, rank_routes, rank_row
 from crossdock.transports.symmetric import GAVE_UP
 
 NUM_RANKS = 3
+REASONS = {2: "it had enough"}
 NOTHING = [[0] * NUM_STATES for _ in range(NUM_RANKS)]
 
 
@@ -52,7 +53,7 @@ def come_to(**rounds: int) -> list[list[int]]:
 )
 def test_the_call_and_the_wait_are_named(state: int, phase: object, said: str) -> None:
     """Low-latency calls take two states by turns, so that a round of each is two calls."""
-    error = report_of({1: (state, int(phase.value), 7)}).error(2.5, NOTHING)
+    error = report_of({1: (state, int(phase.value), 7)}).error(2.5, NOTHING, REASONS.__getitem__)
     assert isinstance(error, PeerTimeoutError)
     assert f"{error.operation} {error.epoch} {error.phase}" == said
     assert error.waited_s == 2.5
@@ -60,19 +61,21 @@ def test_the_call_and_the_wait_are_named(state: int, phase: object, said: str) -
 
 def test_a_rank_that_came_is_not_missing_though_its_rows_are() -> None:
     at = (State.COMBINE, int(rank_sums.SUMS.value), 4)
-    error = report_of({0: at, 2: at}).error(1.0, come_to(rank_0=4, rank_1=4, rank_2=3))
+    error = report_of({0: at, 2: at}).error(
+        1.0, come_to(rank_0=4, rank_1=4, rank_2=3), REASONS.__getitem__
+    )
     assert error.missing == [2]
 
 
 def test_all_that_did_not_come_are_named_also_where_one_alone_was_waited_for() -> None:
     at = (State.LOW_LATENCY_DISPATCH, int(expert_rows.ROWS.value), 4)
-    assert report_of({0: at}).error(1.0, come_to(rank_1=4)).missing == [0, 2]
+    assert report_of({0: at}).error(1.0, come_to(rank_1=4), REASONS.__getitem__).missing == [0, 2]
 
 
 def test_where_all_came_those_are_named_whose_rows_are_missing() -> None:
     at = (State.COMBINE, int(rank_sums.SUMS.value), 4)
     everybody = come_to(rank_0=4, rank_1=4, rank_2=4)
-    assert report_of({1: at}).error(1.0, everybody).missing == [1]
+    assert report_of({1: at}).error(1.0, everybody, REASONS.__getitem__).missing == [1]
 
 
 def test_who_waits_for_rows_asks_who_came_to_send_them() -> None:
@@ -81,7 +84,7 @@ def test_who_waits_for_rows_asks_who_came_to_send_them() -> None:
     for rounds in entered:
         rounds[State.PLACE] = 0  # nobody tells that it places
     at = (State.PLACE, int(rank_rows.ROWS.value), 4)
-    assert report_of({2: at}).error(1.0, entered).missing == [2]
+    assert report_of({2: at}).error(1.0, entered, REASONS.__getitem__).missing == [2]
 
 
 def test_it_is_told_what_every_rank_has_come_to() -> None:
@@ -89,12 +92,13 @@ def test_it_is_told_what_every_rank_has_come_to() -> None:
     entered[0][State.LOW_LATENCY_DISPATCH : State.LOW_LATENCY_DISPATCH + 2] = [4, 3]
     entered[0][State.COMBINE] = 5
     at = (State.COMBINE, int(rank_sums.SUMS.value), 6)
-    error = report_of({1: at}).error(1.0, entered)
+    error = report_of({1: at}).error(1.0, entered, REASONS.__getitem__)
     assert error.peers[0] == "has come to low latency dispatch 7, combine 5"
     assert error.peers[1] == "nothing yet"
 
 
 def test_a_rank_that_gave_up_is_named() -> None:
-    error = report_of({}, why=GAVE_UP + 2).error(1.0, NOTHING)
+    error = report_of({}, why=GAVE_UP + 2).error(1.0, NOTHING, REASONS.__getitem__)
     assert type(error) is TransportError
-    assert "rank 2" in str(error)
+    assert "rank 2 gave up" in str(error)
+    assert str(error).endswith(REASONS[2])

@@ -86,3 +86,4 @@ def test_a_rank_that_refuses_is_named_at_once(interpreted_pool):
     for rank in (0, 2):
         assert told[rank].startswith(("TransportError", "PeerRefusedError"))
         assert "rank 1" in told[rank]
+        assert "ShapeError" in told[rank], "why, in the words of who refused"

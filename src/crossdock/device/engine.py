@@ -97,7 +97,7 @@ class Engine:
             TransportError: a rank gave up.
         """
         if not self._report.is_empty():
-            raise self._report.error(self._waited_s, self._entered())
+            raise self._report.error(self._waited_s, self._entered(), self._transport.reason_of)
 
     def _entered(self) -> list[list[int]]:
         """The last round of each operation that each rank has come to, as far as it told."""

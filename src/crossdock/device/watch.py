@@ -7,7 +7,7 @@ the device is.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import MappingProxyType
 
 import torch
@@ -95,7 +95,12 @@ class Report:
         """Whether nothing has failed so far."""
         return not self._seen[-1]
 
-    def error(self, waited_s: float, entered: Sequence[Sequence[int]]) -> TransportError:
+    def error(
+        self,
+        waited_s: float,
+        entered: Sequence[Sequence[int]],
+        reason_of: Callable[[int], str],
+    ) -> TransportError:
         """What was missed, as an error; or who gave up.
 
         A rank that came, but waits for one that did not, is not missing, though its rows are.
@@ -103,11 +108,13 @@ class Report:
         Args:
             waited_s: the deadline that passed.
             entered: the last round of each operation that each rank has come to.
+            reason_of: why a rank gave up.
         """
         *words, failed = (int(word) for word in self._seen)
         late = [rank for rank, word in enumerate(words) if word]
         if not late:
-            return TransportError(f"rank {failed - GAVE_UP} gave up in the middle of a call")
+            rank = failed - GAVE_UP
+            return TransportError(f"rank {rank} gave up in the middle of a call: {reason_of(rank)}")
         kind, number = (words[late[0]] >> 8) & 0xFF, words[late[0]] >> 32
         called = State.SEND if kind == State.PLACE else kind
         absent = [rank for rank, rounds in enumerate(entered) if rounds[called] < number]

@@ -184,6 +184,16 @@ class Symmetric:
                 failed = self.heap.peer(rank)[:8].view(torch.int64)
                 failed.fill_(GAVE_UP + self.topology.rank)
 
+    def reason_of(self, rank: int) -> str:
+        """Why a rank gave up, as far as it told."""
+        if self._notes is None:
+            return "it did not say why"
+        with contextlib.suppress(StoreLostError):
+            for other, text, _ in self._notes.failures():
+                if other == rank:
+                    return text
+        return "it did not say why"
+
     def at_close(self, held: HeldMemory) -> None:
         """Have something that holds heaps let go of them when this is closed."""
         self._held = held
