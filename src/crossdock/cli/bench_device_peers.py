@@ -1,7 +1,7 @@
 """What stands beside the library in the benchmark on GPUs: the links, and NCCL.
 
-The links are what copies by the devices' own engines get through them when every rank writes to all
-others at once: what the fastest exchange could reach. NCCL moves the same rows as the library, a
+The links are shown by copies between devices when every rank writes to all others at once; kernels
+may get more. NCCL moves the same rows as the library, a
 token once per rank that wants it, with counts that everybody knows beforehand; alone, and with the
 gathering and summing that a program needs around it.
 
