@@ -169,7 +169,7 @@ class DecodingCalls:
             )
             handle = done.handle
             made = (done.payload, done.scales, handle[0], handle[1], handle.packed_recv_count)
-            event = turn.event(x, topk_idx, topk_weights, *made)
+            event = turn.event(x, *selection, waits, received, *made)
         tokens = done.payload if done.scales is None else (done.payload, done.scales)
         hook = done.receive if return_recv_hook else None
         return tokens, handle.packed_recv_count, handle, event, hook
@@ -251,7 +251,7 @@ class DecodingCalls:
                 stats=Stats(waits),
                 hooked=return_recv_hook,
             )
-            event = turn.event(x, out, topk_idx, topk_weights, named.src_info)
+            event = turn.event(x, out, *selection, waits, *named[:2])
         return out, event, receive if return_recv_hook else None
 
     def get_next_low_latency_combine_buffer(

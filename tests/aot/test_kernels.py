@@ -183,8 +183,8 @@ def test_small_data_is_polled_in_single_words(compiled, name):
 
 def test_every_kernel_is_compiled(compiled):
     kernels = {kernel_of(name) for name, _ in CASES}
-    assert kernels == ACQUIRES
-    assert kernels == set(find_launched())
+    assert kernels == ACQUIRES | {"lay_out_tokens"}
+    assert set(find_launched()) == ACQUIRES
 
 
 def find_launched() -> list[str]:

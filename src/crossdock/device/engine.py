@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -54,6 +55,7 @@ class Engine:
         self._transport = transport
         self.device_types = transport.device_types
         self._words = torch.zeros((2, 0), dtype=torch.int64, device="cpu")
+        self._outgrown: list[torch.Tensor] = []
         self._last: torch.cuda.Stream | None = None
         transport.at_close(self._memory)
         self._beside = None if self._interpreted else torch.cuda.Stream(self.device)
@@ -65,7 +67,7 @@ class Engine:
         self.slack_group = self.group._replace(can_shrink=transport.can_shrink)
         self._masks: DeviceMasks | None = None
         if transport.can_shrink:
-            self._masks = DeviceMasks(self._memory, rank=self.rank, num_ranks=self.num_ranks)
+            self._masks = DeviceMasks(self._memory, self.chain, rank=self.rank)
             transport.masks = self._masks
         self.num_programs = self._processors()
         self.use_casts = self.device.type == "cuda" and torch.cuda.get_device_capability() >= (8, 9)
@@ -120,7 +122,8 @@ class Engine:
         self.check()
         self.chain()
         self._attempt = attempt
-        if self._masks is not None and not attempt.call.operation.can_shrink:
+        needs_all = not attempt.call.operation.can_shrink
+        if self._masks is not None and needs_all and not self._captures:
             masked = sorted(self._masks.masked())
             if masked:
                 attempt.entered = True  # so have the others, who raise the same
@@ -128,7 +131,8 @@ class Engine:
 
     def memory(self, wanted: DeviceCapacity) -> Generation:
         """The heap for the call that has begun, which all ranks come to. See `Memory.covering`."""
-        self._attempt.entered = True
+        # Whatever goes wrong from here on, the others have to hear of it.
+        self._attempt.entered = self._attempt.open = True
         generation = self._memory.covering(wanted, self._report.address, self._attempt.call)
         if self._captures:
             self._memory.keep()
@@ -151,6 +155,7 @@ class Engine:
         What nobody will read has words of its own, so that it cannot be taken for what is read.
         """
         if self._words.shape[1] < number:
+            self._outgrown.append(self._words)  # kernels, or graphs, may still write there
             self._words = host_memory(2 * number, self.device).view(2, number)
         words = self._words[int(is_read)]
         words[0] = 0
@@ -178,6 +183,31 @@ class Engine:
         self.check()
         numbers: list[int] = seen.tolist()
         return numbers
+
+    def resume(
+        self, run: Callable[[], None], tensors: Sequence[torch.Tensor | None]
+    ) -> Callable[[], None]:
+        """The receiving half of a call, on this device, whoever runs it, after all before it.
+
+        Args:
+            run: launches it.
+            tensors: what it reads and writes.
+        """
+        if self._interpreted:
+            return run
+
+        def later() -> None:
+            with torch.cuda.device(self.device):
+                sent = self._last
+                self.chain()
+                stream = torch.cuda.current_stream()
+                if sent is not None and sent != stream and not self._captures:
+                    for tensor in tensors:
+                        if tensor is not None:
+                            tensor.record_stream(stream)
+                run()
+
+        return later
 
     def fork(self) -> Fork:
         """A second line of work beside the current stream, from here on."""

@@ -30,7 +30,7 @@ from crossdock.device.rank_kernels import (
 from crossdock.device.streams import Fork
 from crossdock.device.trips import Trip
 from crossdock.device.watch import State
-from crossdock.errors import HandleError, RankMismatchError, UnsupportedError
+from crossdock.errors import HandleError, RankMismatchError, TransportError, UnsupportedError
 from crossdock.formats import RowFormat
 from crossdock.handle import Handle
 from crossdock.ops.triton import rank_sums
@@ -87,12 +87,13 @@ class DeviceExchange:
             looks = not pads or not trip.memory.capacity.num_tokens
             if looks:
                 engine.check_may_wait()
+            elif not trip.has_room:
+                attempt.entered = False  # the others cannot know
+                raise trip.too_many()
             told = trip.route(routing.num_tokens_per_expert, alignment=alignment, is_read=looks)
             beside = engine.fork()
             if trip.has_room:
                 trip.send(beside)
-            elif not looks:
-                raise trip.too_many()
             num_rows, per_expert = num_worst_tokens, list[int]()
             if looks:
                 words = engine.wait_for_host(told)
@@ -123,6 +124,9 @@ class DeviceExchange:
             )
             if trip.num_tokens != handle.num_tokens:
                 raise HandleError(f"x has {trip.num_tokens} tokens, the handle {handle.num_tokens}")
+            if not trip.has_room:
+                attempt.entered = False
+                raise trip.too_many()
             beside = engine.fork()
             trip.send(beside)
             rows = _empty_rows(x, handle.num_recv_rows)
@@ -279,7 +283,11 @@ class DeviceExchange:
         """Once the ranks agree, move on to a larger heap if some rank has too many tokens."""
         prints = words[3 : 3 + self._num_ranks]
         if len(set(prints)) > 1:
-            raise RankMismatchError("rows, top-k or experts", dict(enumerate(prints)))
+            beside.join()
+            error = RankMismatchError("rows, top-k or experts", dict(enumerate(prints)))
+            # Rows are on their way that nobody places.
+            self._engine.session.abandon(TransportError(f"an earlier dispatch failed: {error}"))
+            raise error
         if words[1] > trip.memory.capacity.num_tokens:
             trip.enlarge(words[1])
             trip.send(beside)

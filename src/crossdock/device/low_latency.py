@@ -10,7 +10,7 @@ T tokens here, K top-k, H hidden, R ranks, L local experts, M slots for the toke
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -95,9 +95,10 @@ class DeviceLowLatency:
         )
         with engine.session.flight(Operation.LOW_LATENCY_DISPATCH) as attempt:
             engine.begin(attempt)
-            _check(x, stats, engine)
+            _check(x, (idx, weights, *stats), engine)
+            _check_dense(stats)
             memory = engine.memory(plan.capacity)
-            slabs = plan.layout.allocate(x.device)
+            payload, scales, handle = slabs = plan.layout.allocate(x.device)
             zone = memory.next_zone(0)
             weights = _or(weights, x)
             call = _dispatch_call(x.shape[0], num_slots, engine)
@@ -115,9 +116,9 @@ class DeviceLowLatency:
             receivers = 1 + plan.num_timers + call.num_placers
             receive = launch.run(2 + call.num_senders, receivers, hooked=hooked)
             if hooked:
-                receive = memory.hold_zone(0, zone, receive)
+                kept = (payload, scales, *handle[:2], handle[5], x, idx, weights, *stats)
+                receive = memory.hold_zone(0, zone, engine.resume(receive, kept))
         left = engine.session.receive(attempt.call, receive, hooked=hooked)
-        payload, scales, handle = slabs
         return Slabs(payload, scales, handle, left)
 
     def combine(
@@ -133,30 +134,31 @@ class DeviceLowLatency:
     ) -> Receive | None:
         """See `LowLatency.combine`."""
         engine, x = self._engine, aligned(x)
-        idx, words = selection.topk_idx, handle.src_info
-        num_tokens, num_topk = idx.shape
-        extras, waits = Extras.of_handle(handle, num_topk), stats.waits
-        target = _writable(out)
-        plan = self._combine_plan(
-            CombineShape(
-                handle.hidden,
-                num_topk,
-                handle.num_max_dispatch_tokens_per_rank,
-                handle.num_experts,
-                use_logfmt,
-                extras.has_weights,
-                waits is not None,
-                handle.is_compact,
-                x.dim() == 2,
-            )
-        )
+        idx, weights, words = selection.topk_idx, selection.topk_weights, handle.src_info
+        (num_tokens, num_topk), waits = idx.shape, stats.waits
+        extras = Extras.of_handle(handle, num_topk)
         with engine.session.flight(Operation.LOW_LATENCY_COMBINE) as attempt:
             engine.begin(attempt)
-            _check(x, stats, engine)
+            _check(x, (idx, weights, words, out, waits), engine)
+            _check_dense(stats)
+            target = _writable(out)
+            plan = self._combine_plan(
+                CombineShape(
+                    handle.hidden,
+                    num_topk,
+                    handle.num_max_dispatch_tokens_per_rank,
+                    handle.num_experts,
+                    use_logfmt,
+                    extras.has_weights,
+                    waits is not None,
+                    handle.is_compact,
+                    x.dim() == 2,
+                )
+            )
             memory = engine.memory(plan.capacity)
             zone = memory.next_zone(1)
             call = _combine_call(num_tokens, handle.num_max_dispatch_tokens_per_rank, engine)
-            weights, waits = _or(selection.topk_weights, x), _or(waits, x)
+            weights, waits = _or(weights, x), _or(waits, x)
             launch = Launch(
                 plan.kernel,
                 (
@@ -178,7 +180,8 @@ class DeviceLowLatency:
             if target is not out:
                 receive = _then_copy(receive, target, out)
             if hooked:
-                receive = memory.hold_zone(1, zone, receive)
+                kept = (idx, weights, target, out, x, words, handle.layout_range, waits)
+                receive = memory.hold_zone(1, zone, engine.resume(receive, kept))
         return engine.session.receive(attempt.call, receive, hooked=hooked)
 
     def combine_buffer(self, handle: LowLatencyHandle, *, make: bool) -> torch.Tensor:
@@ -194,12 +197,19 @@ class DeviceLowLatency:
         return found
 
 
-def _check(x: torch.Tensor, stats: Stats, engine: Engine) -> None:
-    """Raise `UnsupportedError` for tensors that kernels here cannot reach, or count in."""
+def _check(x: torch.Tensor, others: Sequence[torch.Tensor | None], engine: Engine) -> None:
+    """Raise `UnsupportedError` for tensors that kernels here cannot reach, or write to."""
     if x.device.type not in engine.device_types:
         raise UnsupportedError(
             f"the device transport moves {engine.device_types} tensors, x is on {x.device}"
         )
+    for other in others:
+        if other is not None and other.device != x.device:
+            raise UnsupportedError(f"x is on {x.device}, another argument on {other.device}")
+
+
+def _check_dense(stats: Stats) -> None:
+    """Raise `UnsupportedError` for statistics that kernels would write to as if dense."""
     for counted in stats:
         if counted is not None and not counted.is_contiguous():
             raise UnsupportedError("the device transport counts in contiguous tensors alone")

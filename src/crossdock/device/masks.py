@@ -10,11 +10,12 @@ R ranks.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import torch
 
 from crossdock.device.memory import NUM_STATES, Generation, Memory
-from crossdock.errors import PeerTimeoutError
+from crossdock.errors import HandleError, PeerTimeoutError
 from crossdock.transports.base import Deadline
 from crossdock.transports.header import Call
 
@@ -28,26 +29,36 @@ class DeviceMasks:
 
     Args:
         memory: where the masks lie; there are none before the first call.
+        chain: lets the current stream wait for what the buffer has launched.
         rank: this rank.
-        num_ranks: R.
     """
 
-    def __init__(self, memory: Memory, *, rank: int, num_ranks: int) -> None:
-        self._memory = memory
-        self._rank, self._num_ranks = rank, num_ranks
-        self._returns = [0] * num_ranks
+    def __init__(self, memory: Memory, chain: Callable[[], None], *, rank: int) -> None:
+        self._memory, self._chain, self._rank = memory, chain, rank
+        self._num_ranks = memory.num_ranks
+        self._returns = [0] * memory.num_ranks
         self._is_returning = False
 
     def mask(self, rank: int) -> None:
         """See `Masks.mask`. Before the first call there is nobody to go on without."""
         if (current := self._memory.current) is not None:
+            self._chain()
             current.masked[rank] = 1
 
     def unmask(self, rank: int) -> None:
-        """See `Masks.unmask`. Sync: waits for what this rank has launched."""
+        """See `Masks.unmask`. Sync: waits for what this rank has launched.
+
+        Raises:
+            HandleError: a call is in flight, in the middle of a round.
+        """
         current = self._memory.current
-        if current is None or not int(current.masked[rank]):
+        if current is None:
             return
+        self._chain()
+        if not int(current.masked[rank]):
+            return
+        if current.has_flights:
+            raise HandleError("a rank returns between calls: run the hooks first")
         current.masked[rank] = 0
         self._returns[rank] += 1
         if rank == self._rank:
@@ -55,7 +66,7 @@ class DeviceMasks:
             return
         if not int(current.masked[self._rank]):
             words = current.welcome_of(rank)[self._rank]
-            words[:NUM_STATES] = current.states
+            words[:NUM_STATES] = current.states >> 32 << 32
             rest = [*current.turns, self._returns[rank]]
             words[NUM_STATES:] = torch.tensor(rest, dtype=torch.int64, device=words.device)
 
@@ -64,6 +75,7 @@ class DeviceMasks:
         current = self._memory.current
         if current is None:
             return frozenset()
+        self._chain()
         return frozenset(current.masked.nonzero().flatten().tolist())
 
     def catch_up(self, call: Call) -> int:

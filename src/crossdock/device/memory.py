@@ -246,6 +246,11 @@ class Generation:
 
         return run
 
+    @property
+    def has_flights(self) -> bool:
+        """Whether a call has not been received."""
+        return bool(self._held)
+
     def welcome_of(self, rank: int) -> torch.Tensor:
         """What a rank is told when it returns: a row for each rank that tells, int64."""
         begin, num_ranks = self.plan.welcome, len(self.heap.addresses)
@@ -258,12 +263,16 @@ class Memory:
 
     Args:
         transport: what reserves it.
+
+    Attributes:
+        num_ranks: R.
+        current: the heap; None before the first call.
     """
 
     def __init__(self, transport: Symmetric) -> None:
         self._transport = transport
         self._rank = transport.topology.rank
-        self._num_ranks = transport.topology.num_ranks
+        self.num_ranks = transport.topology.num_ranks
         self._kept: list[Generation] = []
         self.current: Generation | None = None
 
@@ -286,7 +295,7 @@ class Memory:
             return current
         have = DeviceCapacity() if current is None else current.capacity
         needed = have.covering(wanted)
-        nbytes = Plan.of(needed, self._num_ranks).nbytes
+        nbytes = Plan.of(needed, self.num_ranks).nbytes
         limit, masks = self._transport.max_bytes, self._transport.masks
         if is_capturing():
             raise self._too_small(nbytes, current, "max_tokens_per_rank, or a call before capture")

@@ -26,6 +26,7 @@ from crossdock.transports.zones import Capacity
 __all__ = ["Limits", "select"]
 
 _LOG = logging.getLogger("crossdock")
+_MASK_BITS = 31
 _NO_MASKS = "cannot do without a rank (enable_shrink)"
 _ORDERED_STORES = ("x86_64", "AMD64")
 
@@ -54,6 +55,8 @@ def _device(topology: Topology, limits: Limits) -> Carrier:
         raise TransportError("moves CUDA tensors, but the group's backend is not nccl")
     if importlib.util.find_spec("triton") is None:
         raise TransportError("needs Triton (pip install triton)")
+    if limits.can_shrink and topology.num_ranks > _MASK_BITS:
+        raise TransportError(f"enable_shrink: masks have {_MASK_BITS} bits")
     return Symmetric(topology, max_bytes=limits.max_bytes, can_shrink=limits.can_shrink)
 
 

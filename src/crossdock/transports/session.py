@@ -341,6 +341,10 @@ class Session:
         """All ranks are here: from now on every wait has the steady deadline."""
         self._used.update(Operation)
 
+    def abandon(self, error: TransportError) -> None:
+        """From now on, raise this: no later call can find the ranks in step."""
+        self._failure = error
+
     def check(self) -> None:
         """Raise what made this buffer unusable, if anything did."""
         if self._failure is not None:

@@ -100,6 +100,8 @@ class Symmetric:
         self.heap: AddressedHeap | None = None
         self._held: HeldMemory | None = None
         self._notes = Notes.of(topology)
+        self._num_heaps = 0
+        self._has_told = False
         if not self.is_interpreted:
             self._check_gpus()
             self.stream = torch.cuda.Stream(self.device)
@@ -145,13 +147,17 @@ class Symmetric:
         """Wait until all ranks have come to a call: what follows cannot end without them."""
         if self._notes is None:
             return
-        self._notes.enter(call, Header(operation=call.operation, sequence=call.sequence))
+        # Counted by themselves: a rank that was masked has missed calls, but no growth.
+        self._num_heaps += 1
+        number = self._num_heaps
+        header = Header(operation=call.operation, sequence=call.sequence)
+        self._notes.enter(call._replace(sequence=number), header)
         deadline, backoff = Deadline(call.timeout_s), Backoff()
         while True:
             for rank, text, _ in self._notes.failures():
                 raise TransportError(f"rank {rank} gave up: {text}")
             entered = self._notes.entered()
-            late = [rank for rank, (number, _) in entered.items() if number < call.sequence]
+            late = [rank for rank, (nth, _) in entered.items() if nth < number]
             if not late:
                 return
             if deadline.passed:
@@ -171,7 +177,8 @@ class Symmetric:
 
     def fail(self, call: Call, error: BaseException) -> None:
         """See `Carrier.fail`. Kernels of the peers that wait end at once."""
-        if self._notes is not None:
+        if self._notes is not None and not self._has_told:
+            self._has_told = True
             with contextlib.suppress(StoreLostError):
                 self._notes.give_up(str(error), getattr(error, "missing", []))
         if self.heap is None:

@@ -29,9 +29,12 @@ from crossdock.ops.triton.sync import (
     heap_of,
     heaps_of,
     is_counted_on,
+    is_masked,
     mask_ranks,
     post_rounds,
     raise_flags,
+    read_flags,
+    read_tagged,
     row_at,
     tagged,
     time_flags,
@@ -65,15 +68,21 @@ def dispatch_experts(
     TIMERS: tl.constexpr = G.size if E.counts_waits else 0
     ticket, number = draw_ticket(link, 3 + TIMERS + call.num_senders + call.num_placers)
     own = heap_of(link, link.rank)
+    takes_part = tl.cast(1, tl.int1)
+    if G.can_shrink:
+        takes_part = is_masked(link, link.rank) == 0
     if ticket == 0:
-        enter(link, number, G)
-        post_rounds(link, 4, G)
+        if takes_part:
+            enter(link, number, G)
+            post_rounds(link, number, 4, G)
     elif ticket == 1:
         wait_for_credit(own, link.kind, number, link, CREDIT, G)
-        _tell(tokens.topk_idx, link, zone, call, number, E, G)
+        if takes_part:
+            _tell(tokens.topk_idx, link, zone, call, number, E, G)
     elif ticket < call.num_senders + 2:
         wait_for_credit(own, link.kind, number, link, CREDIT, G)
-        for token in range(ticket - 2, call.num_tokens, call.num_senders):
+        num_tokens = call.num_tokens * takes_part.to(tl.int32)
+        for token in range(ticket - 2, num_tokens, call.num_senders):
             _send(tokens, token, link, zone, call, number, ROW, E, G)
     elif ticket == call.num_senders + 2:
         _lay_out(own, slabs, link, zone, call, number, E, G)
@@ -86,7 +95,7 @@ def dispatch_experts(
             there = wait_here(words_at(own + zone.told, 8) + 2 * G.size, number, link, G)
         words = words_at(own + zone.told, 8) + 2 * peer
         wanted = (peer < G.size) & (((there >> peer) & 1) != 0)
-        num_sent = wait_tagged(words, wanted, peer, number, link, COUNTS, G)
+        num_sent = _counted(words, wanted, peer, number, link, G)
         num_items = G.size * tl.minimum(tl.max(num_sent), call.num_slots)
         first = ticket - call.num_senders - 3 - TIMERS
         for item in range(first, num_items, call.num_placers):
@@ -107,14 +116,23 @@ def _tell(topk_idx, link, zone, call, number, E: tl.constexpr, G: tl.constexpr):
     words = words_at(base + zone.told, 8) + 2 * link.rank
     tl.store(words, tagged(peer * 0 + call.num_tokens, number), mask=peer < G.size)
     if G.can_shrink:
-        masked = is_counted_on(link, peer) == 0
-        bits = tl.sum(tl.where(masked & (peer < G.size), 1 << peer, 0))
+        bits = tl.sum(tl.where(is_masked(link, peer) & (peer < G.size), 1 << peer, 0))
         tl.store(words + 1, tagged(peer * 0 + bits, number), mask=peer < G.size)
     expert = tl.arange(0, E.bins)
     real = expert < G.size * E.local
     base = heaps_of(link, expert // E.local, real)
     words = words_at(base + zone.counts, 8) + link.rank * E.local + expert % E.local
     tl.store(words, tagged(count_choices(topk_idx, call.num_tokens, E), number), mask=real)
+
+
+@triton.jit
+def _counted(words, wanted, ranks, number, link, G: tl.constexpr):
+    """Counts of ranks; where some may be lost, of those that are known to have come."""
+    if G.can_shrink:
+        counts = read_tagged(words, wanted)
+    else:
+        counts = wait_tagged(words, wanted, ranks, number, link, COUNTS, G)
+    return counts
 
 
 @triton.jit
@@ -207,7 +225,7 @@ def _lay_out(own, slabs, link, zone, call, number, E: tl.constexpr, G: tl.conste
     if G.can_shrink:
         there = _agree(own, link, zone, call, number, E, G)
         real = real & there[:, None]
-    counts = wait_tagged(words, real, ranks, number, link, COUNTS, G)
+    counts = _counted(words, real, ranks, number, link, G)
     real = (src[:, None] < G.size) & (expert[None, :] < E.local)
     begin = tl.cumsum(counts, 0) - counts
     words = words_at(slabs.layout_range, 8) + expert[None, :] * G.size + src[:, None]
@@ -219,7 +237,7 @@ def _lay_out(own, slabs, link, zone, call, number, E: tl.constexpr, G: tl.conste
         before = tl.load(received, mask=expert < E.local, other=0)
         tl.store(received, before + total, mask=expert < E.local)
     words = words_at(own + zone.told, 8) + 2 * src
-    num_sent = wait_tagged(words, src < G.size, src, number, link, COUNTS, G)
+    num_sent = _counted(words, src < G.size, src, number, link, G)
     if G.can_shrink:
         num_sent = tl.where(there, num_sent, -1)
     tl.store(words_at(slabs.src_info, 4) + slabs.num_sent + src, num_sent, mask=src < G.size)
@@ -238,6 +256,10 @@ def _agree(own, link, zone, call, number, E: tl.constexpr, G: tl.constexpr):
     masked = tl.max((bits[:, None] >> peer[None, :]) & 1, 0) != 0
     mask_ranks(masked & (peer < G.size), link, G)
     tl.debug_barrier()
+    expert = tl.arange(0, E.padded_local)
+    counts = words_at(own + zone.counts, 8) + peer[:, None] * E.local + expert[None, :]
+    real = (peer[:, None] < G.size) & (expert[None, :] < E.local)
+    wait_tagged(counts, real, peer[:, None] + expert[None, :] * 0, number, link, COUNTS, G)
     SIZE: tl.constexpr = G.size
     for src in tl.static_range(SIZE):
         num = tl.minimum(tl.sum(tl.where(peer == src, num_sent, 0)), call.num_slots)
@@ -286,7 +308,10 @@ def _place(
     slot = tl.arange(0, E.padded_topk)
     item = src * call.num_slots + token
     words = words_at(own + zone.flags, 4) + item + slot * 0
-    flag = wait_flags(words, slot == 0, slot * 0 + src, number, link, ROWS, G, 1)
+    if G.can_shrink:
+        flag = read_flags(words, slot == 0)
+    else:
+        flag = wait_flags(words, slot == 0, slot * 0 + src, number, link, ROWS, G, 1)
     to = words_at(slabs.src_info, 4) + slabs.row_of + item * E.num_topk + slot
     if tl.max(flag) == number * 2 + 1:
         at = own + zone.landing + tl.cast(item, tl.int64) * ROW.stride
@@ -323,13 +348,13 @@ def _begin_of(
     counts = (lower < G.size) & (((there >> lower) & 1) != 0)
     wanted = (counts & (lower < src))[:, None] & is_here[None, :]
     ranks = lower[:, None] + local[None, :] * 0
-    before = tl.sum(wait_tagged(words, wanted, ranks, number, link, COUNTS, G), 0)
+    before = tl.sum(_counted(words, wanted, ranks, number, link, G), 0)
     if E.compact:
         expert = tl.arange(0, E.padded_local)
         words = words_at(own + zone.counts, 8) + lower[:, None] * E.local + expert[None, :]
         wanted = counts[:, None] & (expert < E.local)[None, :]
         ranks = lower[:, None] + expert[None, :] * 0
-        total = tl.sum(wait_tagged(words, wanted, ranks, number, link, COUNTS, G), 0)
+        total = tl.sum(_counted(words, wanted, ranks, number, link, G), 0)
         below = expert[None, :] < local[:, None]
         return before + tl.sum(tl.where(below, total[None, :], 0), 1)
     else:

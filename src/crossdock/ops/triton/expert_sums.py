@@ -27,6 +27,7 @@ from crossdock.ops.triton.sync import (
     enter,
     heap_of,
     heaps_of,
+    is_masked,
     post_rounds,
     raise_flags,
     row_at,
@@ -133,17 +134,22 @@ def combine_experts(chosen, returned, link, zone, call, P: tl.constexpr, G: tl.c
     TIMERS: tl.constexpr = G.size if P.counts_waits else 0
     ticket, number = draw_ticket(link, TELLERS + call.num_senders + TIMERS + call.num_reducers)
     own = heap_of(link, link.rank)
+    takes_part = tl.cast(1, tl.int1)
+    if G.can_shrink:
+        takes_part = is_masked(link, link.rank) == 0
     if ticket == 0:
-        enter(link, number, G)
-        post_rounds(link, 4, G)
+        if takes_part:
+            enter(link, number, G)
+            post_rounds(link, number, 4, G)
     elif ticket < TELLERS:
         wait_for_credit(own, link.kind, number, link, CREDIT, G)
-        _send_weights(ticket - 1, chosen, link, zone, call, number, P, G)
+        if takes_part:
+            _send_weights(ticket - 1, chosen, link, zone, call, number, P, G)
     elif ticket < TELLERS + call.num_senders:
         wait_for_credit(own, link.kind, number, link, CREDIT, G)
         peer = tl.arange(0, G.padded)
         words = words_at(returned.src_info, 4) + returned.num_sent + peer
-        num_sent = tl.load(words, mask=peer < G.size, other=0)
+        num_sent = tl.load(words, mask=(peer < G.size) & takes_part, other=0)
         for item in range(ticket - TELLERS, G.size * tl.max(num_sent), call.num_senders):
             src = (link.rank + 1 + item) % G.size
             if item // G.size < tl.sum(tl.where(peer == src, num_sent, 0)):

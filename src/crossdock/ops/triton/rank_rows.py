@@ -246,6 +246,7 @@ def place_ranks(
     last = words_at(received.chunks, 4) + src * 2
     num_rows = tl.load(last, mask=src < G.size, other=0)
     num_sent = tl.load(last + 1, mask=src < G.size, other=0)
+    num_sent = tl.minimum(num_sent, call.num_slots)
     if ticket < TIMERS:
         tokens = tl.sum(tl.where((src == ticket) & (src != link.rank), num_sent, 0))
         flags = own + zone.flags + 4 * ticket * call.num_chunks

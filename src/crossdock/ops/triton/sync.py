@@ -30,10 +30,13 @@ __all__ = [
     "heap_of",
     "heaps_of",
     "is_counted_on",
+    "is_masked",
     "mask_ranks",
     "post_credit",
     "post_rounds",
     "raise_flags",
+    "read_flags",
+    "read_tagged",
     "row_at",
     "tagged",
     "time_flags",
@@ -236,16 +239,16 @@ def _wait(
 @triton.jit
 def _give_up(late, ranks, number, link, watch, phase, G: tl.constexpr):
     """Write down who is missing, and either mask them or let every later wait end at once."""
-    word = (number.to(tl.int64) << 32) | (link.kind * 256 + phase)
-    report = words_at(tl.load(watch + REPORT), 8)
-    tl.store(report + ranks, word + ranks.to(tl.int64) * 0, mask=late)
+    fails = tl.cast(1, tl.int1)
     if G.can_shrink:
-        if _is_enough(late, ranks, watch, G):
-            _mask_everywhere(_named(late, ranks, G), link, G)
-        else:
-            tl.store(watch + FAILED, 1)
-    else:
+        fails = _is_enough(late, ranks, watch, G) == 0
+    if fails:
+        word = (number.to(tl.int64) << 32) | (link.kind * 256 + phase)
+        report = words_at(tl.load(watch + REPORT), 8)
+        tl.store(report + ranks, word + ranks.to(tl.int64) * 0, mask=late)
         tl.store(watch + FAILED, 1)
+    elif G.can_shrink:
+        _mask_everywhere(_named(late, ranks, G), link, G)
 
 
 @triton.jit
@@ -348,6 +351,27 @@ def time_flags(words, wanted, ranks, number, link, phase, G: tl.constexpr, SHIFT
 
 
 @triton.jit
+def read_tagged(words, wanted):
+    """The data of tagged words that have come."""
+    return (_look(words, wanted, True) >> 32).to(tl.int32)
+
+
+@triton.jit
+def read_flags(words, wanted):
+    """Flags that have been raised, and the rows that they cover may be read after it."""
+    seen = _look(words, wanted, False)
+    tl.debug_barrier()
+    return seen
+
+
+@triton.jit
+def is_masked(link, ranks):
+    """Whether this rank goes on without ranks, or they without it where it is meant itself."""
+    masked = words_at(heap_of(link, link.rank), 8) + MASKED
+    return tl.load(masked + ranks, volatile=True) != 0
+
+
+@triton.jit
 def wait_here(word, number, link, G: tl.constexpr):
     """The data of a tagged word that another program of this kernel writes; 0 if it cannot."""
     watch = words_at(heap_of(link, link.rank), 8)
@@ -367,14 +391,16 @@ def raise_flags(words, wanted, value):
 
 
 @triton.jit
-def post_rounds(link, NUM: tl.constexpr, G: tl.constexpr):
+def post_rounds(link, number, NUM: tl.constexpr, G: tl.constexpr):
     """Tell every peer how many rounds of the first `NUM` operations this rank has behind it.
 
     A kernel begins when those launched before it are over, so what they read may be overwritten.
+    Its own round is not behind it, though all its tickets may have been drawn.
     """
     peer = tl.arange(0, G.padded)
     state = tl.arange(0, NUM)
     behind = (tl.load(words_at(link.states, 8) + state) >> 32).to(tl.int32)
+    behind = tl.where(state == link.kind, number - 1, behind)
     base = heaps_of(link, peer, peer < G.size)
     mine = words_at(base + link.credits + link.rank * (4 * G.num_states), 4)
     words = mine[:, None] + state[None, :]
