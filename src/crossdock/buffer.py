@@ -67,7 +67,7 @@ class Buffer(DecodingCalls):
             they concern hardware that is not used here.
         explicitly_destroy: accepted; `destroy()` may always be called, and need not be.
         enable_shrink: low-latency calls go on without a rank that misses the deadline, or that the
-            caller masks. Only in shared memory.
+            caller masks. Only in shared memory and on GPUs.
         comm: mpi4py-like communicator (`Get_rank`, `Get_size`, `allgather`) in place of `group`.
         transport: name of the transport to use; None for the best that fits the group, which
             `CROSSDOCK_TRANSPORT` overrides.

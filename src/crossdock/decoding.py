@@ -290,11 +290,14 @@ class DecodingCalls:
             rank: the rank; this one too, which then does no more than calls without effect.
             mask: whether to mask it or to bring it back.
 
-        Collective: no. Sync: no.
+        On a device nothing is masked before the first call, which needs all ranks.
+
+        Collective: no. Sync: no; on a device bringing a rank back waits for what was launched.
 
         Raises:
             ConfigError: the buffer was made without `enable_shrink`.
             ShapeError: no such rank.
+            HandleError: on a device a rank was to be brought back while a call is in flight.
         """
         masks = self._masks()
         if not 0 <= rank < self.group_size:
@@ -310,7 +313,7 @@ class DecodingCalls:
         Args:
             mask_status: [R] int32, is overwritten: 1 where a rank is masked, 0 elsewhere.
 
-        Collective: no. Sync: no.
+        Collective: no. Sync: no; on a device it waits for what was launched.
 
         Raises:
             ConfigError: the buffer was made without `enable_shrink`.
@@ -324,7 +327,7 @@ class DecodingCalls:
     def low_latency_clean_mask_buffer(self) -> None:
         """Count on all ranks again; see `low_latency_update_mask_buffer`.
 
-        Collective: no. Sync: no.
+        Collective: no. Sync: as that.
 
         Raises:
             ConfigError: the buffer was made without `enable_shrink`.
