@@ -173,6 +173,9 @@ class CudaBuffer(Buffer):
     def dispatch(self, *args: Any, **rest: Any) -> Any:
         return self._call(Buffer.dispatch, args, rest, "dispatch_wait_recv_cost_stats")
 
+    def dispatch_views(self, *args: Any, **rest: Any) -> Any:
+        return self._call(Buffer.dispatch_views, args, rest, "dispatch_wait_recv_cost_stats")
+
     def combine(self, *args: Any, **rest: Any) -> Any:
         return self._call(Buffer.combine, args, rest, "combine_wait_recv_cost_stats")
 
