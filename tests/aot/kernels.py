@@ -23,8 +23,8 @@ from crossdock.ops.triton import (
     expert_records,
     expert_sums,
     rank_layouts,
+    rank_records,
     rank_routes,
-    rank_rows,
     rank_sums,
 )
 from crossdock.ops.triton.sync import Group, Link
@@ -46,8 +46,8 @@ def types_of(*kinds: Any) -> tuple[Any, ...]:
     )
 
 
-SENT, RECEIVED, LINK = rank_rows.Sent, rank_rows.Received, Link
-ROW_CALL = (LINK, rank_rows.RowZone, rank_rows.SentCall)
+SENT, RECEIVED, LINK = rank_records.Sent, rank_records.Received, Link
+ROW_CALL = (LINK, rank_records.RowZone, rank_records.SentCall)
 ARGUMENTS = {
     "lay_out_tokens": types_of(rank_layouts.LayoutOf),
     "route_ranks": types_of(SENT, RECEIVED, rank_routes.Learned, *ROW_CALL),
@@ -203,7 +203,7 @@ def row_of(shape: Shape) -> rank_rows.RankRow:
     )
 
 
-def words_of(row: rank_rows.RankRow | rank_sums.BackRow, shape: Shape) -> int:
+def words_of(row: rank_records.RankRow | rank_sums.BackRow, shape: Shape) -> int:
     """Nothing is sent by a rank that is alone."""
     return 8 * row.rows * row.padded_words if row.word == 16 and shape.num_ranks > 1 else 0
 
@@ -220,7 +220,7 @@ def make_route_ranks(shape: Shape, capability: int) -> tuple[Kernel, Tile]:
 
 def make_send_ranks(shape: Shape, capability: int) -> tuple[Kernel, Tile]:
     row = row_of(shape)
-    return rank_kernels.send_kernel(row, group_of(shape)), Tile(words_of(row, shape))
+    return rank_kernels.send_kernel(row, group_of(shape), numbers=True), Tile(words_of(row, shape))
 
 
 def make_place_ranks(shape: Shape, capability: int) -> tuple[Kernel, Tile]:

@@ -39,7 +39,7 @@ COMPILING_S = 400.0
 LOW_LATENCY_STATS = ("cumulative_local_expert_recv_stats", "dispatch_wait_recv_cost_stats")
 
 _MADE: dict[Any, dist.ProcessGroup] = {}
-"""Of this process: gloo group -> NCCL group of the same ranks."""
+"""Of this process: gloo group of all ranks, and how many of them -> an NCCL group."""
 
 
 class GpuPool(Pool):
@@ -55,24 +55,28 @@ class GpuPool(Pool):
         wanted = 4 if num_ranks is None else num_ranks
         if wanted > self.num_ranks:
             pytest.skip(f"needs {wanted} GPUs, this machine has {NUM_GPUS}")
-        limits = {"num_ranks": wanted, "timeout_s": timeout_s + COMPILING_S}
-        return super().run(_on_gpu, fn, *args, **limits)
+        made = super().run(_on_gpu, wanted, fn, *args, timeout_s=timeout_s + COMPILING_S)
+        return made[:wanted]
 
 
-def _on_gpu(group: Any, fn: Callable[..., Any], *args: Any) -> Any:
+def _on_gpu(everyone: Any, num_ranks: int, fn: Callable[..., Any], *args: Any) -> Any:
+    """The job, on the first ranks: all have to make their group, as torch numbers groups."""
     torch.cuda.set_device(dist.get_rank())
+    group = nccl_group(everyone, num_ranks)
+    if dist.get_rank() >= num_ranks:
+        return None
     with adapted(CudaBuffer), device_worlds.poisoned_landings():
-        result = fn(nccl_group(group), *args)
+        result = fn(group, *args)
         torch.cuda.synchronize()
         return result
 
 
-def nccl_group(group: Any) -> dist.ProcessGroup:
-    """An NCCL group of the same ranks, the same one each time."""
-    if group not in _MADE:
-        ranks = dist.get_process_group_ranks(group)
-        _MADE[group] = dist.new_group(ranks, backend="nccl", use_local_synchronization=True)
-    return _MADE[group]
+def nccl_group(everyone: Any, num_ranks: int) -> dist.ProcessGroup:
+    """An NCCL group of the first ranks, the same one each time until a job fails."""
+    key = (everyone, num_ranks)
+    if key not in _MADE:
+        _MADE[key] = dist.new_group(list(range(num_ranks)), backend="nccl")
+    return _MADE[key]
 
 
 @contextmanager

@@ -11,9 +11,10 @@ import torch
 
 from crossdock.device import memory
 from crossdock.device.memory import (
-    CHUNK,
+    BACK_UNIT,
     NUM_STATES,
     NUM_WELCOME_WORDS,
+    UNIT,
     DeviceCapacity,
     Generation,
     Memory,
@@ -32,7 +33,8 @@ CAPACITIES = [
         row_bytes=7504,
         back_bytes=14336,
         num_tokens=4096,
-        token_bytes=14416,
+        token_bytes=14336,
+        choice_bytes=64,
         sum_bytes=14352,
         topk=8,
         experts=64,
@@ -51,18 +53,20 @@ class Piece(NamedTuple):
 def pieces_of(plan: Plan, have: DeviceCapacity, num_ranks: int) -> list[Piece]:
     """Everything that the records which kernels are given say that there is."""
     rows, tokens = num_ranks * have.slots, num_ranks * have.num_tokens
-    chunks = num_ranks * -(-have.num_tokens // CHUNK)
+    flags = num_ranks * -(-have.num_tokens // UNIT)
+    back_flags = flags * UNIT // BACK_UNIT
     found = [
         Piece("watch", plan.watch, 8 * (8 + num_ranks)),
         Piece("credits", plan.credits, 2 * 4 * num_ranks * NUM_STATES),
         Piece("welcome", plan.welcome, 8 * NUM_WELCOME_WORDS * num_ranks),
         Piece("rows.landing", plan.rows.landing, tokens * have.token_bytes),
         Piece("rows.heads", plan.rows.heads, 4 * tokens),
-        Piece("rows.flags", plan.rows.flags, 4 * chunks),
+        Piece("rows.choices", plan.rows.choices, tokens * have.choice_bytes),
+        Piece("rows.flags", plan.rows.flags, 4 * flags),
         Piece("rows.told", plan.rows.told, 8 * num_ranks * (num_ranks + 2)),
         Piece("rows.counts", plan.rows.counts, 8 * num_ranks * have.experts),
         Piece("back.landing", plan.back.landing, tokens * have.sum_bytes),
-        Piece("back.flags", plan.back.flags, 4 * chunks),
+        Piece("back.flags", plan.back.flags, 4 * back_flags),
         Piece("back.kept", plan.back.kept, 8 * num_ranks),
     ]
     for number, (there, back) in enumerate(zip(plan.zones, plan.returns, strict=True)):
@@ -125,8 +129,8 @@ def test_a_heap_without_calls_is_small() -> None:
 
 
 def test_chunks_are_rounded_up() -> None:
-    numbers = (0, 1, CHUNK, CHUNK + 1)
-    assert [DeviceCapacity(num_tokens=each).num_chunks for each in numbers] == [0, 1, 1, 2]
+    numbers = (0, 1, UNIT, UNIT + 1)
+    assert [DeviceCapacity(num_tokens=each).num_flags for each in numbers] == [0, 1, 1, 2]
 
 
 @pytest.mark.parametrize(("one", "other"), list(itertools.combinations(CAPACITIES, 2)))

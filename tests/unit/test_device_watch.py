@@ -10,7 +10,14 @@ import torch
 from crossdock.device.memory import NUM_STATES
 from crossdock.device.watch import Report, State
 from crossdock.errors import PeerTimeoutError, TransportError
-from crossdock.ops.triton import expert_rows, expert_sums, rank_routes, rank_rows, rank_sums
+from crossdock.ops.triton import (
+    expert_rows,
+    expert_sums,
+    rank_places,
+    rank_routes,
+    rank_rows,
+    rank_sums,
+)
 from crossdock.transports.symmetric import GAVE_UP
 
 NUM_RANKS = 3
@@ -45,7 +52,7 @@ def come_to(**rounds: int) -> list[list[int]]:
         (State.LOW_LATENCY_COMBINE + 1, expert_sums.SUMS, "low latency combine 14 land"),
         (State.ROUTE, rank_routes.COUNTS, "dispatch 7 route"),
         (State.SEND, rank_rows.CREDIT, "dispatch 7 send"),
-        (State.PLACE, rank_rows.ROWS, "dispatch 7 land"),
+        (State.PLACE, rank_places.ROWS, "dispatch 7 land"),
         (State.COMBINE, rank_sums.KEPT, "combine 7 route"),
         (State.COMBINE, rank_sums.CREDIT, "combine 7 send"),
         (State.COMBINE, rank_sums.SUMS, "combine 7 land"),
@@ -83,7 +90,7 @@ def test_who_waits_for_rows_asks_who_came_to_send_them() -> None:
     entered[2][State.SEND] = 3
     for rounds in entered:
         rounds[State.PLACE] = 0  # nobody tells that it places
-    at = (State.PLACE, int(rank_rows.ROWS.value), 4)
+    at = (State.PLACE, int(rank_places.ROWS.value), 4)
     assert report_of({2: at}).error(1.0, entered, REASONS.__getitem__).missing == [2]
 
 

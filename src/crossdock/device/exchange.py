@@ -23,6 +23,7 @@ from crossdock.device.rank_kernels import (
     CombineShape,
     DispatchPlan,
     DispatchShape,
+    is_few,
     plan_combine,
     plan_dispatch,
     shares,
@@ -90,10 +91,10 @@ class DeviceExchange:
             elif not trip.has_room:
                 attempt.entered = False  # the others cannot know
                 raise trip.too_many()
-            told = trip.route(routing.num_tokens_per_expert, alignment=alignment, is_read=looks)
             beside = engine.fork()
             if trip.has_room:
                 trip.send(beside)
+            told = trip.route(routing.num_tokens_per_expert, alignment=alignment, is_read=looks)
             num_rows, per_expert = num_worst_tokens, list[int]()
             if looks:
                 words = engine.wait_for_host(told)
@@ -157,9 +158,9 @@ class DeviceExchange:
                 waits=stats.waits,
                 config=config,
             )
-            trip.route(routing.num_tokens_per_expert, is_read=False)
             beside = engine.fork()
             trip.send(beside)
+            trip.route(routing.num_tokens_per_expert, is_read=False)
             idx, weights = _empty_choices(routing, *shape)
             src_idx = trip.place([], shape, idx=idx, weights=weights)
             beside.join()
@@ -193,6 +194,7 @@ class DeviceExchange:
                     num_topk,
                     len(bias),
                     counts_waits,
+                    is_few(shares(config.num_sms, senders=config.num_send_sms, back=True)),
                     config.tile_bytes,
                     engine.group,
                 )
@@ -262,9 +264,11 @@ class DeviceExchange:
                 num_topk,
                 has_weights,
                 local,
+                routing is not None,
                 pads,
                 viewed,
                 self._counts_waits(stats),
+                is_few(shares(config.num_sms, senders=config.num_send_sms, viewed=viewed)),
                 max(num_tokens, self._reserve_tokens),
                 config.tile_bytes,
                 self._engine.group,
@@ -322,7 +326,7 @@ def _back_call(
     return rank_sums.BackCall(
         handle.num_tokens,
         have.num_tokens,
-        have.num_chunks,
+        have.num_back_flags,
         num_rows,
         table.shape[1] if table.dim() == 2 else 0,
         *shares(config.num_sms, senders=config.num_send_sms, back=True),

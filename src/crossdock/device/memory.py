@@ -20,19 +20,32 @@ from crossdock.config import align
 from crossdock.errors import BufferTooSmallError, HandleError, TransportError
 from crossdock.ops.triton.expert_records import Zone
 from crossdock.ops.triton.expert_sums import ReturnZone
-from crossdock.ops.triton.rank_rows import RowZone
+from crossdock.ops.triton.rank_records import RowZone
 from crossdock.ops.triton.rank_sums import BackZone
 from crossdock.ops.triton.sync import MASKED, REPORT
 from crossdock.transports.header import Call
 from crossdock.transports.symmetric import AddressedHeap, Symmetric
 
-__all__ = ["CHUNK", "NUM_STATES", "DeviceCapacity", "Generation", "Memory", "Plan", "is_capturing"]
+__all__ = [
+    "BACK_UNIT",
+    "NUM_STATES",
+    "UNIT",
+    "DeviceCapacity",
+    "Generation",
+    "Memory",
+    "Plan",
+    "is_capturing",
+]
 
 NUM_STATES = 8
 """Rounds that are counted: dispatch and combine of two low-latency zones, and four more."""
 
-CHUNK = 8
-"""Tokens of a high-throughput call that a flag covers."""
+UNIT, BACK_UNIT = 8, 4
+"""Tokens that a flag covers in a high-throughput dispatch, and in a combine.
+
+Who sends raises as many at once as suits it. What the last ones cover is placed, and added up, when
+the link is idle again.
+"""
 
 NUM_WELCOME_WORDS = NUM_STATES + 3
 """What a rank that returns is told: rounds of all states, turns of zones, its how manyth return."""
@@ -52,6 +65,7 @@ class DeviceCapacity:
         slots, row_bytes, back_bytes: of low-latency calls M, bytes of a landing row, and of one on
             its way back.
         num_tokens, token_bytes, sum_bytes: the same of high-throughput calls.
+        choice_bytes: of what a token chose, as high-throughput calls send it.
         topk: K.
         experts: L.
     """
@@ -61,14 +75,20 @@ class DeviceCapacity:
     back_bytes: int = 0
     num_tokens: int = 0
     token_bytes: int = 0
+    choice_bytes: int = 0
     sum_bytes: int = 0
     topk: int = 0
     experts: int = 0
 
     @property
-    def num_chunks(self) -> int:
-        """Chunks of the tokens of a rank in a high-throughput call."""
-        return -(-self.num_tokens // CHUNK)
+    def num_flags(self) -> int:
+        """Flags for the tokens of a rank in a high-throughput dispatch."""
+        return -(-self.num_tokens // UNIT)
+
+    @property
+    def num_back_flags(self) -> int:
+        """The same in a combine."""
+        return self.num_flags * (UNIT // BACK_UNIT)
 
     def covering(self, other: DeviceCapacity) -> DeviceCapacity:
         """Room for both; this one itself where it is enough."""
@@ -86,6 +106,7 @@ class DeviceCapacity:
             and self.back_bytes >= other.back_bytes
             and self.num_tokens >= other.num_tokens
             and self.token_bytes >= other.token_bytes
+            and self.choice_bytes >= other.choice_bytes
             and self.sum_bytes >= other.sum_bytes
             and self.topk >= other.topk
             and self.experts >= other.experts
@@ -165,11 +186,14 @@ class Plan:
         rows = num_ranks * capacity.num_tokens
         told = at.take(8 * num_ranks * (num_ranks + 2))
         counts = at.take(8 * num_ranks * capacity.experts)
-        flags, heads = at.take(4 * num_ranks * capacity.num_chunks), at.take(4 * rows)
-        landing = at.take(rows * capacity.token_bytes)
-        kept, back_flags = at.take(8 * num_ranks), at.take(4 * num_ranks * capacity.num_chunks)
+        flags, heads = at.take(4 * num_ranks * capacity.num_flags), at.take(4 * rows)
+        choices, landing = (
+            at.take(rows * capacity.choice_bytes),
+            at.take(rows * capacity.token_bytes),
+        )
+        kept, back_flags = at.take(8 * num_ranks), at.take(4 * num_ranks * capacity.num_back_flags)
         back = BackZone(landing=at.take(rows * capacity.sum_bytes), flags=back_flags, kept=kept)
-        return RowZone(landing, heads, flags, told, counts), back
+        return RowZone(landing, heads, choices, flags, told, counts), back
 
 
 class Generation:

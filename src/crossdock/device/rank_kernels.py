@@ -13,10 +13,10 @@ import triton.language as tl
 from crossdock.config import align
 from crossdock.device.constants import next_power_of_two, widest_word
 from crossdock.device.launch import Kernel
-from crossdock.device.memory import CHUNK, DeviceCapacity
+from crossdock.device.memory import BACK_UNIT, UNIT, DeviceCapacity
 from crossdock.device.watch import State
 from crossdock.formats import RowFormat
-from crossdock.ops.triton import rank_routes, rank_rows, rank_sums
+from crossdock.ops.triton import rank_places, rank_records, rank_routes, rank_rows, rank_sums
 from crossdock.ops.triton.sync import Group
 
 __all__ = [
@@ -29,6 +29,8 @@ __all__ = [
     "addresses_sent",
     "back_row",
     "combine_kernel",
+    "fingerprint",
+    "is_few",
     "place_kernel",
     "plan_combine",
     "plan_dispatch",
@@ -40,9 +42,11 @@ __all__ = [
 
 _DISPATCH_WORDS, _COMBINE_WORDS = 4096, 8192
 """Words of 8 bytes that a program moves at once."""
+_FEW_CHOICES = 16
+"""There is room for so many in any case, so that a heap need not grow for them."""
 _FEW_RANKS = 4
 """The rows of more ranks do not fit into registers when so many are added up at once."""
-_TOKENS_AT_ONCE = 1024
+_FEW_SENDERS = 24
 _DTYPES = MappingProxyType(
     {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 )
@@ -56,14 +60,13 @@ def rank_row(
     local: int,
     viewed: bool = False,
     tile_bytes: int = 0,
-) -> rank_rows.RankRow:
+) -> rank_records.RankRow:
     """The constants of the dispatch kernels."""
     word = widest_word(form.payload_bytes)
     num_words = max(form.payload_bytes // min(word, 8), 1)
     padded = next_power_of_two(num_words)
     scales_at = align(form.payload_bytes, 16)
-    choices_at = align(scales_at + form.scale_bytes, 16)
-    return rank_rows.RankRow(
+    return rank_records.RankRow(
         num_bytes=form.payload_bytes,
         word=word,
         num_words=num_words,
@@ -71,14 +74,15 @@ def rank_row(
         scale_words=form.scale_bytes // 4,
         padded_scales=next_power_of_two(max(form.scale_bytes // 4, 1)),
         scales_at=scales_at,
-        choices_at=choices_at,
-        stride=align(choices_at + 4 * num_topk * (1 + has_weights), 16),
+        stride=align(scales_at + form.scale_bytes, 16),
         num_topk=num_topk,
         padded_topk=next_power_of_two(max(num_topk, 1)),
         has_weights=has_weights,
         local=local,
         rows=_rows_at_once(tile_bytes // 8 or _DISPATCH_WORDS, padded),
-        chunk=CHUNK,
+        chunk=2 * UNIT,
+        unit=UNIT,
+        back=BACK_UNIT,
         viewed=viewed,
     )
 
@@ -90,6 +94,7 @@ def back_row(
     num_topk: int,
     num_bias: int,
     num_ranks: int,
+    few_senders: bool = False,
     tile_bytes: int = 0,
 ) -> rank_sums.BackRow:
     """The constants of the combine kernel."""
@@ -113,43 +118,47 @@ def back_row(
         num_topk=num_topk,
         padded_topk=next_power_of_two(max(num_topk, 1)),
         num_bias=num_bias,
-        rows=max(_rows_at_once(at_once, padded) // (2 if num_topk else 1), 1),
-        sums=_rows_at_once(2 * at_once, columns),
-        chunk=CHUNK,
+        rows=_rows_at_once(at_once // 2, padded),
+        sums=_rows_at_once(4 * at_once // dtype.itemsize // (2 if num_topk else 1), columns),
+        chunk=(4 if few_senders else 1) * BACK_UNIT,
+        unit=BACK_UNIT,
     )
+
+
+def fingerprint(row: rank_records.RankRow, alignment: int) -> int:
+    """A number that says what ranks must agree on in a dispatch."""
+    shape = (row.num_bytes, row.scale_words, row.num_topk, row.has_weights, row.local, alignment)
+    return hash(shape) & 0x7FFFFFFF
 
 
 @functools.cache
 def route_kernel(local: int, group: Group, *, times: bool = False) -> Kernel:
-    """The kernel that numbers rows."""
+    """The kernel that counts rows."""
     padded = next_power_of_two(max(local, 1))
-    constants = (State.PLACE, _TOKENS_AT_ONCE, local, padded, times, group)
+    constants = (State.PLACE, local, padded, times, group)
     return Kernel(rank_routes.route_ranks, *constants, num_warps=8)
 
 
 @functools.cache
-def send_kernel(row: rank_rows.RankRow, group: Group) -> Kernel:
-    """The kernel that sends rows."""
+def send_kernel(row: rank_records.RankRow, group: Group, *, numbers: bool) -> Kernel:
+    """The kernel that sends rows, and numbers them unless an earlier call has."""
     num_warps = _num_warps(row.rows * row.padded_words)
-    return Kernel(rank_rows.send_ranks, State.PLACE, row, group, num_warps=num_warps)
+    return Kernel(rank_rows.send_ranks, State.PLACE, row, numbers, group, num_warps=num_warps)
 
 
 @functools.cache
 def place_kernel(
-    row: rank_rows.RankRow, group: Group, *, pads: bool, times: bool = False
+    row: rank_records.RankRow, group: Group, *, pads: bool, times: bool = False
 ) -> Kernel:
     """The kernel that places rows."""
     num_warps = _num_warps(row.rows * row.padded_words)
-    return Kernel(rank_rows.place_ranks, row, pads, times, group, num_warps=num_warps)
+    return Kernel(rank_places.place_ranks, row, pads, times, group, num_warps=num_warps)
 
 
 @functools.cache
 def combine_kernel(row: rank_sums.BackRow, group: Group, *, times: bool = False) -> Kernel:
-    """The kernel that sends rows back and adds them up.
-
-    Half as many rows are sent at a time where weights go with them, by as many warps.
-    """
-    num_warps = _num_warps(row.rows * row.padded_words * (2 if row.num_topk else 1))
+    """The kernel that sends rows back and adds them up; twice as many are on their way."""
+    num_warps = _num_warps(2 * row.rows * row.padded_words)
     return Kernel(rank_sums.combine_ranks, row, times, group, num_warps=num_warps)
 
 
@@ -161,9 +170,11 @@ class DispatchShape(NamedTuple):
         num_topk: K; 0 if the call names no experts.
         has_weights: whether weights travel.
         local: L.
+        numbers: whether rows have to be numbered.
         pads: whether the result has rows behind those that come.
         viewed: whether rows stay where they land.
         counts_waits: whether programs measure how long each rank is waited for.
+        few_senders: see `is_few`.
         num_tokens: tokens of a rank to make room for in advance.
         tile_bytes: see `Config`.
         group: the ranks.
@@ -173,9 +184,11 @@ class DispatchShape(NamedTuple):
     num_topk: int
     has_weights: bool
     local: int
+    numbers: bool
     pads: bool
     viewed: bool
     counts_waits: bool
+    few_senders: bool
     num_tokens: int
     tile_bytes: int
     group: Group
@@ -191,7 +204,7 @@ class DispatchPlan(NamedTuple):
         num_timers: programs that measure how long each rank is waited for.
     """
 
-    row: rank_rows.RankRow
+    row: rank_records.RankRow
     route: Kernel
     send: Kernel
     place: Kernel
@@ -211,15 +224,19 @@ def plan_dispatch(shape: DispatchShape) -> DispatchPlan:
         viewed=shape.viewed,
         tile_bytes=shape.tile_bytes,
     )
-    back = form.hidden * max(2, min(form.element.itemsize, 4)) + 4 * shape.num_topk
+    num_topk = max(shape.num_topk, _FEW_CHOICES)
+    back = form.hidden * max(2, min(form.element.itemsize, 4)) + 4 * num_topk
     return DispatchPlan(
         row,
         route_kernel(shape.local, group, times=shape.counts_waits),
-        send_kernel(row, group),
+        send_kernel(
+            row._replace(chunk=4 * UNIT) if shape.few_senders else row, group, numbers=shape.numbers
+        ),
         place_kernel(row, group, pads=shape.pads, times=shape.counts_waits),
         DeviceCapacity(
             num_tokens=shape.num_tokens,
             token_bytes=row.stride,
+            choice_bytes=2 * 4 * num_topk,
             sum_bytes=align(back, 16) + 16,
             experts=shape.local,
         ),
@@ -230,7 +247,7 @@ def plan_dispatch(shape: DispatchShape) -> DispatchPlan:
 class CombineShape(NamedTuple):
     """What combines of a kind have in common: dtype, H, K (0 without weights), biases, ranks.
 
-    Also `Config.tile_bytes`, and whether programs measure how long each rank is waited for.
+    Also whether programs measure how long each rank is waited for, `is_few`, `Config.tile_bytes`.
     """
 
     dtype: torch.dtype
@@ -238,6 +255,7 @@ class CombineShape(NamedTuple):
     num_topk: int
     num_bias: int
     counts_waits: bool
+    few_senders: bool
     tile_bytes: int
     group: Group
 
@@ -263,6 +281,7 @@ def plan_combine(shape: CombineShape) -> CombinePlan:
         num_topk=shape.num_topk,
         num_bias=shape.num_bias,
         num_ranks=shape.group.size,
+        few_senders=shape.few_senders,
         tile_bytes=shape.tile_bytes,
     )
     return CombinePlan(
@@ -297,9 +316,14 @@ def shares(num_sms: int, *, senders: int = 0, back: bool = False, viewed: bool =
     return Shares(senders, max(num_sms - senders, 1))
 
 
+def is_few(shares: Shares) -> bool:
+    """Whether so few programs send that they had better raise more flags at a time."""
+    return shares.senders < _FEW_SENDERS
+
+
 def _rows_at_once(most: int, padded: int) -> int:
     """Rows of a tile of so many words at most, a power of two."""
-    rows = max(min(most // padded, CHUNK), 1)
+    rows = max(min(most // padded, BACK_UNIT), 1)
     return 1 << (rows.bit_length() - 1)
 
 
@@ -314,7 +338,7 @@ def addresses_sent(
     *,
     idx: torch.Tensor | None = None,
     weights: torch.Tensor | None = None,
-) -> rank_rows.Sent:
+) -> rank_records.Sent:
     """What the kernels are told of rows to send; where something is missing, any address.
 
     Args:
@@ -325,7 +349,7 @@ def addresses_sent(
         weights: [T, K] float32.
     """
     head, num_sent = numbered
-    return rank_rows.Sent(
+    return rank_records.Sent(
         planes[0].data_ptr(),
         planes[-1].data_ptr(),
         (head if idx is None else idx).data_ptr(),
@@ -343,7 +367,7 @@ def addresses_received(
     idx: torch.Tensor | None = None,
     weights: torch.Tensor | None = None,
     waits: torch.Tensor | None = None,
-) -> rank_rows.Received:
+) -> rank_records.Received:
     """What the kernels are told of rows to receive; where something is missing, any address.
 
     Args:
@@ -354,7 +378,7 @@ def addresses_received(
         waits: [R] int64.
     """
     src_idx, prefix, chunks = of_handle
-    return rank_rows.Received(
+    return rank_records.Received(
         (rows[0] if rows else prefix).data_ptr(),
         (rows[-1] if rows else prefix).data_ptr(),
         (prefix if idx is None else idx).data_ptr(),

@@ -1,7 +1,7 @@
 """One high-throughput dispatch on its way: what each of its kernels is launched with.
 
-Rows are numbered, sent and placed by three kernels, of which the last two run side by side. Which
-of them a verb needs, and where rows are placed, is `exchange`'s matter.
+Rows are sent by one kernel, beside which two others count and place them. Which of them a verb
+needs, and where rows are placed, is `exchange`'s matter.
 
 T tokens here, K top-k, R ranks, M slots for the rows of a rank, N received rows, C chunks.
 """
@@ -17,18 +17,19 @@ from crossdock.codec import Tokens
 from crossdock.config import Config, align
 from crossdock.device.constants import aligned
 from crossdock.device.engine import Engine
-from crossdock.device.memory import CHUNK, DeviceCapacity
+from crossdock.device.memory import UNIT, DeviceCapacity
 from crossdock.device.rank_kernels import (
     DispatchPlan,
     addresses_received,
     addresses_sent,
+    fingerprint,
     shares,
 )
 from crossdock.device.streams import Fork
 from crossdock.device.watch import State
 from crossdock.errors import BufferTooSmallError, UnsupportedError
 from crossdock.handle import Handle
-from crossdock.ops.triton import rank_routes, rank_rows
+from crossdock.ops.triton import rank_records, rank_routes
 from crossdock.routing import RoutingShare
 from crossdock.transports.header import Call
 
@@ -101,7 +102,7 @@ class Trip:
         return self.num_tokens <= self.memory.capacity.num_tokens
 
     def route(self, per_expert: torch.Tensor, *, alignment: int = 1, is_read: bool) -> torch.Tensor:
-        """Number this rank's rows and learn the others' counts; the host may look at the result."""
+        """Count this rank's rows and learn the others' counts; the host may look at the result."""
         engine, plan = self._engine, self._plan
         told = engine.host_words(3 + engine.num_ranks + plan.row.local, is_read=is_read)
         per_expert, of_handle = per_expert.contiguous(), (self._prefix, self._prefix, self._chunks)
@@ -111,16 +112,15 @@ class Trip:
             rank_routes.Learned(per_expert.data_ptr(), told.data_ptr(), alignment),
             engine.link(self.memory, self._call, State.ROUTE),
             self.memory.plan.rows,
-            self._sent_call(0, fingerprint=hash((plan.row, alignment)) & 0x7FFFFFFF),
+            self._sent_call(0, number=fingerprint(plan.row, alignment)),
         )
-        plan.route.launch(engine.num_ranks + plan.num_timers + 2, arguments)
+        plan.route.launch(plan.num_timers + 2, arguments)
         return told
 
     def send(self, beside: Fork) -> None:
         """Send this rank's rows, beside what is launched next."""
         engine, plan = self._engine, self._plan
-        num_chunks = -(-self.num_tokens // plan.row.chunk)
-        programs = max(min(self._shares.senders, num_chunks), 1)
+        programs = max(min(self._shares.senders, -(-self.num_tokens // plan.row.unit)), 1)
         arguments = (
             self._sent,
             engine.link(self.memory, self._call, State.SEND),
@@ -187,7 +187,7 @@ class Trip:
         Collective: all ranks. Sync: waits for them.
         """
         have = self.memory.capacity.num_tokens
-        roomy = align(most * 5 // 4 if have else most, CHUNK)
+        roomy = align(most * 5 // 4 if have else most, UNIT)
         self.memory = self._engine.memory(DeviceCapacity(num_tokens=roomy))
         learned = self._chunks[0]
         self._chunks = self._empty_chunks()
@@ -206,15 +206,15 @@ class Trip:
 
     def _empty_chunks(self) -> torch.Tensor:
         """Room for `Received.chunks`."""
-        shape = (1 + self.memory.capacity.num_chunks, self._engine.num_ranks, 2)
+        shape = (1 + self.memory.capacity.num_back_flags, self._engine.num_ranks, 2)
         return self._head.new_empty(shape)
 
     def _sent_call(
-        self, programs: int, *, num_rows: int = 0, fingerprint: int = 0
-    ) -> rank_rows.SentCall:
+        self, programs: int, *, num_rows: int = 0, number: int = 0
+    ) -> rank_records.SentCall:
         have = self.memory.capacity
-        return rank_rows.SentCall(
-            self.num_tokens, have.num_tokens, have.num_chunks, programs, num_rows, fingerprint
+        return rank_records.SentCall(
+            self.num_tokens, have.num_tokens, have.num_flags, programs, num_rows, number
         )
 
 

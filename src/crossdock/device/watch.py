@@ -13,7 +13,14 @@ from types import MappingProxyType
 import torch
 
 from crossdock.errors import PeerTimeoutError, TransportError
-from crossdock.ops.triton import expert_rows, expert_sums, rank_routes, rank_rows, rank_sums
+from crossdock.ops.triton import (
+    expert_rows,
+    expert_sums,
+    rank_places,
+    rank_routes,
+    rank_rows,
+    rank_sums,
+)
 from crossdock.transports.symmetric import GAVE_UP
 
 __all__ = ["Report", "State", "host_memory"]
@@ -28,7 +35,7 @@ _PHASES = MappingProxyType(
         int(expert_sums.CREDIT.value): "send",
         int(rank_routes.COUNTS.value): "route",
         int(rank_rows.CREDIT.value): "send",
-        int(rank_rows.ROWS.value): "land",
+        int(rank_places.ROWS.value): "land",
         int(rank_sums.KEPT.value): "route",
         int(rank_sums.CREDIT.value): "send",
         int(rank_sums.SUMS.value): "land",

@@ -1,11 +1,11 @@
 """High-throughput combine in one kernel: rows are sent back, and added up.
 
-Some programs send rows to the ranks they came from, one chunk of that rank's tokens after another,
-each covered by a flag; the others wait for a chunk of this rank's own tokens from all ranks, and
+Some programs send rows to the ranks they came from, in the order of that rank's tokens, of which a
+few are covered by a flag; the others wait for a few of this rank's own tokens from all ranks, and
 add up in rank order, in float32, with one rounding at the end. Rows of this rank's own tokens are
 read where they are. Roles by ticket, senders first.
 
-T tokens here, K top-k, R ranks, M slots for the tokens of a rank, N rows, H columns, C chunks.
+T tokens here, K top-k, R ranks, M slots for the tokens of a rank, N rows, H columns, C flags.
 
 Example (2 ranks, H=1): the token of rank 0 went to both ranks, which return 10 and 20, and its bias
     is 1 -> rank 1 sends 20, rank 0 has 10, the token gets 31
@@ -56,7 +56,8 @@ class BackRow(NamedTuple):
         num_bias: 0, 1 or 2.
         rows: rows that a sender moves at once.
         sums: rows that are added up at once.
-        chunk: tokens that a flag covers.
+        chunk: tokens that a sender is busy with at a time, a power of two.
+        unit: tokens that a flag covers, of which chunks and sums consist.
     """
 
     element: int
@@ -74,6 +75,7 @@ class BackRow(NamedTuple):
     rows: int
     sums: int
     chunk: int
+    unit: int
 
 
 class Rows(NamedTuple):
@@ -123,7 +125,7 @@ class BackCall(NamedTuple):
 
     num_tokens: int
     num_slots: int
-    num_chunks: int
+    num_flags: int
     num_rows: int
     spacing: int
     num_senders: int
@@ -151,16 +153,15 @@ def combine_ranks(
             _tell_kept(from_each, rows, link, zone, call, number, G)
         begin = _begin_of(from_each, call, G)
         others = tl.where(src == link.rank, 0, num_sent)
+        heaps = heaps_of(link, src, src < G.size)
         for chunk in range(ticket, tl.cdiv(tl.max(others), ROW.chunk), call.num_senders):
-            SIZE: tl.constexpr = G.size
-            for step in tl.static_range(SIZE - 1):
-                dst = (link.rank + 1 + step) % SIZE
-                if chunk * ROW.chunk < tl.sum(tl.where(src == dst, num_sent, 0)):
-                    first = tl.sum(tl.where(src == dst, begin, 0))
-                    _send_chunk(rows, dst, chunk, first, link, zone, call, ROW, G)
-            flags = words_at(heaps_of(link, src, src < G.size) + zone.flags, 4)
-            flags += link.rank * call.num_chunks + chunk
-            raise_flags(flags, chunk * ROW.chunk < others, number + src * 0)
+            UNITS: tl.constexpr = ROW.chunk // ROW.unit
+            unit = chunk * UNITS + tl.arange(0, UNITS)
+            there = (unit * ROW.unit)[None, :] < others[:, None]
+            _send_chunk(rows, chunk, begin, there, link, zone, call, ROW, G)
+            words = words_at(heaps + zone.flags, 4)[:, None] + unit[None, :]
+            words += link.rank * call.num_flags
+            raise_flags(words, there, number + (src[:, None] + unit[None, :]) * 0)
     elif ticket < call.num_senders + TIMERS:
         _time(own, sums, ticket - call.num_senders, link, zone, call, number, ROW, G)
     else:
@@ -172,17 +173,14 @@ def combine_ranks(
             other=0,
         )
         mine = tl.where(call.spacing > 0, link.rank * call.spacing, mine)
-        num_chunks = tl.cdiv(call.num_tokens, ROW.chunk)
-        nth = ticket - call.num_senders - TIMERS
-        for chunk in range(nth, num_chunks, call.num_reducers):
-            flags = words_at(own + zone.flags, 4) + src * call.num_chunks + chunk
-            wait_flags(flags, (src < G.size) & (src != link.rank), src, number, link, SUMS, G, 0)
-            CHUNK: tl.constexpr = ROW.chunk
-            STEP: tl.constexpr = ROW.sums
-            for offset in tl.static_range(0, CHUNK, STEP):
-                _reduce(
-                    own, rows, sums, kept, mine, chunk * CHUNK + offset, link, zone, call, ROW, G
-                )
+        begin = (ticket - call.num_senders - TIMERS) * ROW.sums
+        stride = call.num_reducers * ROW.sums
+        # What comes next is waited for while rows are loaded.
+        heads = _await(own, sums, kept, begin, link, zone, call, number, ROW, G)
+        for first in range(begin, call.num_tokens, stride):
+            terms, weights = _load_terms(own, rows, heads, mine, first, link, zone, call, ROW, G)
+            heads = _await(own, sums, kept, first + stride, link, zone, call, number, ROW, G)
+            _add_up(sums, terms, weights, first, call, ROW, G)
 
 
 @triton.jit
@@ -203,29 +201,63 @@ def _tell_kept(from_each, rows, link, zone, call, number, G: tl.constexpr):
 
 
 @triton.jit
-def _send_chunk(rows, dst, chunk, begin, link, zone, call, ROW: tl.constexpr, G: tl.constexpr):
-    """Send the rows of a chunk of a rank's tokens back to it."""
-    of_chunk = words_at(rows.chunks, 4) + ((1 + chunk) * G.size + dst) * 2
-    first = begin + tl.load(of_chunk)
-    count = tl.load(of_chunk + 1)
-    base = heap_of(link, dst)
+def _send_chunk(rows, chunk, begin, there, link, zone, call, ROW: tl.constexpr, G: tl.constexpr):
+    """Send the rows of some of every other rank's tokens back to it, a few at a time."""
+    peer, nth = tl.arange(0, G.padded), tl.arange(0, ROW.chunk // ROW.unit)
+    unit = 1 + chunk * (ROW.chunk // ROW.unit) + nth
+    words = words_at(rows.chunks, 4) + (unit[None, :] * G.size + peer[:, None]) * 2
+    first = begin + tl.min(tl.load(words, mask=there, other=0x7FFFFFFF), 1)
+    count = tl.sum(tl.load(words + 1, mask=there, other=0), 1)
+    STEPS: tl.constexpr = ROW.chunk // ROW.rows
+    # The next rows are loaded before these are stored, so that neither waits for the other.
+    payload, weights, token = _load_rows(rows, 0, chunk, first, count, link, call, ROW, G)
+    for step in range((G.size - 1) * STEPS):
+        ahead, more, others = _load_rows(rows, step + 1, chunk, first, count, link, call, ROW, G)
+        base = heap_of(link, _peer_of(step, chunk, link, ROW, G)) + zone.landing
+        _store_rows(payload, weights, base, token, link, call, ROW)
+        payload, weights, token = ahead, more, others
+
+
+@triton.jit
+def _store_rows(payload, weights, base, token, link, call, ROW: tl.constexpr):
+    """Write a few rows to where those of some tokens land; -1 for none."""
     word, slot = tl.arange(0, ROW.padded_words), tl.arange(0, ROW.padded_topk)
-    for offset in range(0, count, ROW.rows):
-        nth = offset + tl.arange(0, ROW.rows)
-        row = first + nth
-        real = (nth < count) & (row < call.num_rows)
-        cells = real[:, None] & (word < ROW.num_words)[None, :]
-        at = words_at(rows.x + row.to(tl.int64) * ROW.num_bytes, ROW.word)
-        payload = tl.load(at[:, None] + word[None, :], mask=cells)
-        token = tl.load(words_at(rows.src_idx, 4) + row, mask=real, other=0)
-        to = (link.rank * call.num_slots + token).to(tl.int64) * ROW.stride + (base + zone.landing)
-        tl.store(words_at(to, ROW.word)[:, None] + word[None, :], payload, mask=cells)
-        if ROW.num_topk:
-            few = real[:, None] & (slot < ROW.num_topk)[None, :]
-            at = words_at(rows.topk_weights, 4) + row[:, None] * ROW.num_topk + slot[None, :]
-            bits = tl.load(at, mask=few, other=0)
-            words = words_at(to + ROW.weights_at, 4)[:, None] + slot[None, :]
-            tl.store(words, bits, mask=few)
+    real = (token >= 0)[:, None]
+    to = (link.rank * call.num_slots + token).to(tl.int64) * ROW.stride + base
+    words = words_at(to, ROW.word)[:, None] + word[None, :]
+    tl.store(words, payload, mask=real & (word < ROW.num_words)[None, :])
+    if ROW.num_topk:
+        words = words_at(to + ROW.weights_at, 4)[:, None] + slot[None, :]
+        tl.store(words, weights, mask=real & (slot < ROW.num_topk)[None, :])
+
+
+@triton.jit
+def _peer_of(step, chunk, link, ROW: tl.constexpr, G: tl.constexpr):
+    """Whose rows a step is about: neither all ranks nor all programs write to the same one."""
+    PEERS: tl.constexpr = max(G.size - 1, 1)
+    nth = step // (ROW.chunk // ROW.rows) + chunk
+    return (link.rank + 1 + nth % PEERS) % G.size
+
+
+@triton.jit
+def _load_rows(rows, step, chunk, first, count, link, call, ROW: tl.constexpr, G: tl.constexpr):
+    """A few rows, one rank after another; their weights; and which tokens they are, -1 for none."""
+    STEPS: tl.constexpr = ROW.chunk // ROW.rows
+    peer = tl.arange(0, G.padded)
+    dst = _peer_of(step, chunk, link, ROW, G)
+    is_dst = (peer == dst) & (step < (G.size - 1) * STEPS)
+    nth = step % STEPS * ROW.rows + tl.arange(0, ROW.rows)
+    row = tl.sum(tl.where(is_dst, first, 0)) + nth
+    real = (nth < tl.sum(tl.where(is_dst, count, 0))) & (row < call.num_rows)
+    word, slot = tl.arange(0, ROW.padded_words), tl.arange(0, ROW.padded_topk)
+    at = words_at(rows.x + row.to(tl.int64) * ROW.num_bytes, ROW.word)[:, None] + word[None, :]
+    payload = tl.load(at, mask=real[:, None] & (word < ROW.num_words)[None, :])
+    token = tl.load(words_at(rows.src_idx, 4) + row, mask=real, other=-1)
+    weights = tl.zeros([ROW.rows, ROW.padded_topk], tl.int32)
+    if ROW.num_topk:
+        at = words_at(rows.topk_weights, 4) + row[:, None] * ROW.num_topk + slot[None, :]
+        weights = tl.load(at, mask=real[:, None] & (slot < ROW.num_topk)[None, :], other=0)
+    return payload, weights, token
 
 
 @triton.jit
@@ -234,8 +266,8 @@ def _time(own, sums, src, link, zone, call, number, ROW: tl.constexpr, G: tl.con
     first = tl.arange(0, 1) == 0
     words = words_at(own + zone.kept, 8) + src + tl.arange(0, 1)
     _, spent = time_tagged(words, first, first * 0 + src, number, link, KEPT, G)
-    flags = own + zone.flags + 4 * src * call.num_chunks
-    num_flags = tl.where(src == link.rank, 0, tl.cdiv(call.num_tokens, ROW.chunk))
+    flags = own + zone.flags + 4 * src * call.num_flags
+    num_flags = tl.where(src == link.rank, 0, tl.cdiv(call.num_tokens, ROW.unit))
     add_wait(sums.waits, src, spent, flags, num_flags, number, link, SUMS, G)
 
 
@@ -249,46 +281,66 @@ def _elements_at(address, ROW: tl.constexpr):
 
 
 @triton.jit
-def _reduce(
-    own, rows, sums, kept, mine, first, link, zone, call, ROW: tl.constexpr, G: tl.constexpr
-):
-    """Add up the rows of a few tokens in rank order, then the biases, and round once."""
-    token = first + tl.arange(0, ROW.sums)
-    lane, slot, src = (
-        tl.arange(0, ROW.padded),
-        tl.arange(0, ROW.padded_topk),
-        tl.arange(0, G.padded),
-    )
-    real = token < call.num_tokens
-    total = tl.zeros([ROW.sums, ROW.padded], tl.float32)
-    weights = tl.zeros([ROW.sums, ROW.padded_topk], tl.float32)
+def _await(own, sums, kept, first, link, zone, call, number, ROW: tl.constexpr, G: tl.constexpr):
+    """Wait for a few tokens; which of the rows that each rank has are theirs, -1 for none."""
+    src, token = tl.arange(0, G.padded), first + tl.arange(0, ROW.sums)
+    heads = ()
     SIZE: tl.constexpr = G.size
     for r in tl.static_range(SIZE):
-        head = tl.load(words_at(sums.send_head, 4) + token * SIZE + r, mask=real, other=-1)
-        there = (head >= 0) & (head < tl.sum(tl.where(src == r, kept, 0)))
+        words = words_at(sums.send_head, 4) + token * SIZE + r
+        head = tl.load(words, mask=token < call.num_tokens, other=-1)
+        heads = heads + (tl.where(head < tl.sum(tl.where(src == r, kept, 0)), head, -1),)
+    flags = words_at(own + zone.flags, 4) + src * call.num_flags + first // ROW.unit
+    there = (src < G.size) & (src != link.rank) & (first < call.num_tokens)
+    wait_flags(flags, there, src, number, link, SUMS, G, 0)
+    return heads
+
+
+@triton.jit
+def _load_terms(
+    own, rows, heads, mine, first, link, zone, call, ROW: tl.constexpr, G: tl.constexpr
+):
+    """What each rank has for a few tokens, zeros if nothing, and the sums of their weights."""
+    token = first + tl.arange(0, ROW.sums)
+    lane, slot = tl.arange(0, ROW.padded), tl.arange(0, ROW.padded_topk)
+    terms, weights = (), tl.zeros([ROW.sums, ROW.padded_topk], tl.float32)
+    SIZE: tl.constexpr = G.size
+    for r in tl.static_range(SIZE):
         landed = (r * call.num_slots + token).to(tl.int64) * ROW.stride + (own + zone.landing)
-        row = (mine + head).to(tl.int64)
+        row = (mine + heads[r]).to(tl.int64)
         at = tl.where(r == link.rank, rows.x + row * ROW.num_bytes, landed)
-        cells = there[:, None] & (lane < ROW.hidden)[None, :]
-        begin = _elements_at(at, ROW)[:, None] + lane[None, :]
-        total += tl.load(begin, mask=cells, other=0.0).to(tl.float32)
+        there = (heads[r] >= 0)[:, None]
+        words = _elements_at(at, ROW)[:, None] + lane[None, :]
+        terms = terms + (tl.load(words, mask=there & (lane < ROW.hidden)[None, :], other=0.0),)
         if ROW.num_topk:
-            few = there[:, None] & (slot < ROW.num_topk)[None, :]
             own_weights = rows.topk_weights + row * (4 * ROW.num_topk)
             at = tl.where(r == link.rank, own_weights, landed + ROW.weights_at)
             words = words_at(at, 4)[:, None] + slot[None, :]
-            weights += tl.load(words, mask=few, other=0).to(tl.float32, bitcast=True)
-    cells = real[:, None] & (lane < ROW.hidden)[None, :]
+            bits = tl.load(words, mask=there & (slot < ROW.num_topk)[None, :], other=0)
+            weights += bits.to(tl.float32, bitcast=True)
+    return terms, weights
+
+
+@triton.jit
+def _add_up(sums, terms, weights, first, call, ROW: tl.constexpr, G: tl.constexpr):
+    """Add up what ranks have for a few tokens, in rank order, then the biases, and round once."""
+    token = first + tl.arange(0, ROW.sums)
+    lane, slot = tl.arange(0, ROW.padded), tl.arange(0, ROW.padded_topk)
+    cells = (token < call.num_tokens)[:, None] & (lane < ROW.hidden)[None, :]
+    total = tl.zeros([ROW.sums, ROW.padded], tl.float32)
+    SIZE: tl.constexpr = G.size
+    for r in tl.static_range(SIZE):
+        total += terms[r].to(tl.float32)
     at = token.to(tl.int64) * ROW.num_bytes
     if ROW.num_bias > 0:
-        begin = _elements_at(sums.bias + at, ROW)[:, None] + lane[None, :]
-        total += tl.load(begin, mask=cells, other=0.0).to(tl.float32)
+        words = _elements_at(sums.bias + at, ROW)[:, None] + lane[None, :]
+        total += tl.load(words, mask=cells, other=0.0).to(tl.float32)
     if ROW.num_bias > 1:
-        begin = _elements_at(sums.more_bias + at, ROW)[:, None] + lane[None, :]
-        total += tl.load(begin, mask=cells, other=0.0).to(tl.float32)
-    begin = _elements_at(sums.out + at, ROW)[:, None] + lane[None, :]
-    tl.store(begin, round_sum(total, ROW.element, G.is_compiled), mask=cells)
+        words = _elements_at(sums.more_bias + at, ROW)[:, None] + lane[None, :]
+        total += tl.load(words, mask=cells, other=0.0).to(tl.float32)
+    words = _elements_at(sums.out + at, ROW)[:, None] + lane[None, :]
+    tl.store(words, round_sum(total, ROW.element, G.is_compiled), mask=cells)
     if ROW.num_topk:
-        few = real[:, None] & (slot < ROW.num_topk)[None, :]
+        few = (token < call.num_tokens)[:, None] & (slot < ROW.num_topk)[None, :]
         to = words_at(sums.topk_weights, 4) + token[:, None] * ROW.num_topk + slot[None, :]
         tl.store(to, weights.to(tl.int32, bitcast=True), mask=few)
