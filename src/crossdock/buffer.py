@@ -36,7 +36,7 @@ from crossdock.exchange import Exchange
 from crossdock.formats import RowFormat, TokenFormat
 from crossdock.handle import Handle
 from crossdock.low_latency import LowLatency
-from crossdock.low_latency_arguments import LowLatencyOptions
+from crossdock.low_latency_arguments import Kinds, LowLatencyOptions
 from crossdock.shapes import check_tensor
 from crossdock.topology import Communicator, Topology
 from crossdock.transports import Limits, select
@@ -157,7 +157,7 @@ class Buffer(DecodingCalls):
         name = transport if transport is not None else _env.transport()
         self._session = Session(select(topology, limits, name=name), given.timeouts())
         self.transport = self._session.transport.name
-        self._options = options
+        self._kinds = Kinds(options, self.group_size)
         self._stream = self._session.transport.stream
         self._exchange, self._low_latency = _verbs(
             topology, self._session, partials=options.partials_dtype, reserve=max_tokens_per_rank

@@ -16,23 +16,15 @@ import torch
 from crossdock.arguments import checked_wait_stats
 from crossdock.config import low_latency_size_hint
 from crossdock.errors import ConfigError, ShapeError
-from crossdock.events import AnyEvent, EventOverlap, Turn
+from crossdock.events import HERE_AND_NOW, AnyEvent, EventOverlap, Turn
 from crossdock.handle import LowLatencyHandle
-from crossdock.low_latency_arguments import (
-    CombineArguments,
-    LowLatencyOptions,
-    SlabArguments,
-    check_combine,
-    check_dispatch,
-    check_row_count,
-    selected,
-)
+from crossdock.low_latency_arguments import Kinds, check_row_count, selected
 from crossdock.shapes import check_tensor, meta
 from crossdock.topology import num_local_experts
 from crossdock.transports.base import Masks
 from crossdock.transports.header import Operation
 from crossdock.transports.session import Session
-from crossdock.verbs import ExchangeCalls, LowLatencyCalls, Stats
+from crossdock.verbs import NO_STATS, ExchangeCalls, LowLatencyCalls, Stats
 
 __all__ = ["DecodingCalls"]
 
@@ -49,7 +41,7 @@ class DecodingCalls:
     _session: Session
     _exchange: ExchangeCalls
     _low_latency: LowLatencyCalls
-    _options: LowLatencyOptions
+    _kinds: Kinds
     _stream: torch.cuda.Stream | None
 
     @staticmethod
@@ -137,42 +129,37 @@ class DecodingCalls:
             BufferTooSmallError: `max_buffer_bytes` does not allow it, or the buffer has to grow
                 while ranks are masked.
         """
-        with self._session.checking(Operation.LOW_LATENCY_DISPATCH):
-            form = self._options.chosen(
-                use_fp8=use_fp8, round_scale=round_scale, use_ue8m0=use_ue8m0
-            )
-            received = cumulative_local_expert_recv_stats
-            check_dispatch(
-                SlabArguments(
+        received, waits = cumulative_local_expert_recv_stats, dispatch_wait_recv_cost_stats
+        try:
+            kind = self._kinds.dispatch(
+                (
                     meta(x),
                     meta(topk_idx),
                     meta(topk_weights),
+                    meta(waits),
                     meta(received),
                     num_max_dispatch_tokens_per_rank,
                     num_experts,
-                    self.group_size,
-                    form,
+                    use_fp8,
+                    round_scale,
+                    use_ue8m0,
                 )
             )
             selection = selected(topk_idx, topk_weights, num_experts)
-            waits = self._waits("dispatch_wait_recv_cost_stats", dispatch_wait_recv_cost_stats)
+            stats = self._stats("dispatch_wait_recv_cost_stats", waits, received)
+        except Exception as error:
+            self._session.refuse(Operation.LOW_LATENCY_DISPATCH, error)
+            raise
         with self._turn(None, async_finish) as turn:
             done = self._low_latency.dispatch(
-                x.detach().contiguous(),
-                selection,
-                form,
-                num_slots=num_max_dispatch_tokens_per_rank,
-                num_experts=num_experts,
-                compact=self._options.rows == "compact",
-                stats=Stats(waits, received),
-                hooked=return_recv_hook,
+                x, selection, kind, stats=stats, hooked=return_recv_hook
             )
             handle = done.handle
-            made = (done.payload, done.scales, handle[0], handle[1], handle.packed_recv_count)
-            event = turn.event(x, *selection, waits, received, *made)
+            made = (done.payload, done.scales, handle[0], handle[1], handle[5])
+            event = turn.event(x, *selection, *stats, *made)
         tokens = done.payload if done.scales is None else (done.payload, done.scales)
         hook = done.receive if return_recv_hook else None
-        return tokens, handle.packed_recv_count, handle, event, hook
+        return tokens, handle[5], handle, event, hook
 
     def low_latency_combine(
         self,
@@ -215,43 +202,47 @@ class DecodingCalls:
         Raises: as `low_latency_dispatch`, and
             HandleError: the handle does not fit, or two combines are in flight already.
         """
-        with self._session.checking(Operation.LOW_LATENCY_COMBINE):
+        try:
             named = handle
             if not isinstance(named, LowLatencyHandle):
                 named = LowLatencyHandle.of(handle, num_ranks=self.group_size)
             if zero_copy:
                 x = self._low_latency.combine_buffer(named, make=False)
-            if out is None:
-                shape = (topk_idx.shape[0], named.hidden)
-                out = torch.empty(shape, dtype=torch.bfloat16, device=x.device)
-            check_combine(
-                CombineArguments(
+            kind = self._kinds.combine(
+                (
                     meta(x),
                     meta(topk_idx),
                     meta(topk_weights),
                     meta(out),
-                    named.src_info.shape,
-                    named.layout_range.shape,
-                    named.num_max_dispatch_tokens_per_rank,
-                    named.hidden,
-                    named.num_experts,
-                    self.group_size,
+                    meta(combine_wait_recv_cost_stats),
+                    use_logfmt,
+                    meta(named[0]),
+                    named[1].shape,
+                    named[2],
+                    named[3],
+                    named[4],
                 )
             )
             check_row_count(x, named)
-            selection = selected(topk_idx, topk_weights, named.num_experts)
-            waits = self._waits("combine_wait_recv_cost_stats", combine_wait_recv_cost_stats)
+            selection = selected(topk_idx, topk_weights, kind.num_experts)
+            stats = self._stats("combine_wait_recv_cost_stats", combine_wait_recv_cost_stats)
+            if out is None:
+                shape, strides = (kind.num_tokens, kind.hidden), (kind.hidden, 1)
+                out = torch.empty_strided(shape, strides, dtype=torch.bfloat16, device=x.device)
+        except Exception as error:
+            self._session.refuse(Operation.LOW_LATENCY_COMBINE, error)
+            raise
         with self._turn(None, async_finish) as turn:
             receive = self._low_latency.combine(
                 x,
                 selection,
                 named,
-                use_logfmt=use_logfmt,
+                kind=kind,
                 out=out,
-                stats=Stats(waits),
+                stats=stats,
                 hooked=return_recv_hook,
             )
-            event = turn.event(x, out, *selection, waits, *named[:2])
+            event = turn.event(x, out, *selection, *stats, *named[:2])
         return out, event, receive if return_recv_hook else None
 
     def get_next_low_latency_combine_buffer(
@@ -337,6 +328,8 @@ class DecodingCalls:
             masks.unmask(rank)
 
     def _turn(self, previous_event: AnyEvent, async_finish: bool) -> Turn:
+        if previous_event is None and not async_finish:
+            return HERE_AND_NOW
         return Turn(
             self._stream,
             previous_event,
@@ -349,6 +342,14 @@ class DecodingCalls:
         if masks is None:
             raise ConfigError("masks need a buffer made with enable_shrink=True")
         return masks
+
+    def _stats(
+        self, name: str, waits: torch.Tensor | None, received: torch.Tensor | None = None
+    ) -> Stats:
+        """The caller's statistics, of the waits those of this rank."""
+        if waits is None and received is None:
+            return NO_STATS
+        return Stats(self._waits(name, waits), received)
 
     def _waits(self, name: str, stats: torch.Tensor | None) -> torch.Tensor | None:
         return checked_wait_stats(name, stats, rank=self.rank, num_ranks=self.group_size)

@@ -12,7 +12,7 @@ from types import TracebackType
 
 import torch
 
-__all__ = ["AnyEvent", "EventHandle", "EventOverlap", "Turn", "wait_for"]
+__all__ = ["HERE_AND_NOW", "AnyEvent", "EventHandle", "EventOverlap", "Turn", "wait_for"]
 
 
 class EventHandle:
@@ -133,7 +133,8 @@ class Turn:
 
     def __enter__(self) -> Turn:
         if self._stream is None:
-            wait_for(self._previous)
+            if self._previous is not None:
+                wait_for(self._previous)
             return self
         self._caller = torch.cuda.current_stream()
         if self._previous is None:
@@ -166,6 +167,10 @@ class Turn:
                 tensor.record_stream(self._stream)
                 tensor.record_stream(self._caller)
         return EventOverlap(EventHandle(), kept, check=self._check)
+
+
+HERE_AND_NOW = Turn(None, None, async_finish=False)
+"""The turn of every operation that runs on the current stream, and waits for nothing before it."""
 
 
 def wait_for(previous: AnyEvent) -> None:

@@ -33,7 +33,7 @@ from crossdock.topology import Topology, num_local_experts
 from crossdock.transports.base import Landed, Routed, Shipment
 from crossdock.transports.header import Header, Operation
 from crossdock.transports.session import Attempt, Receive, Session
-from crossdock.verbs import Slabs, Stats
+from crossdock.verbs import CombineKind, DispatchKind, Slabs, Stats
 
 __all__ = ["LowLatency"]
 
@@ -88,11 +88,8 @@ class LowLatency:
         self,
         x: torch.Tensor,
         selection: Selection,
-        form: TokenFormat,
+        kind: DispatchKind,
         *,
-        num_slots: int,
-        num_experts: int,
-        compact: bool,
         stats: Stats,
         hooked: bool,
     ) -> Slabs:
@@ -101,10 +98,7 @@ class LowLatency:
         Args:
             x: [T, H] bf16.
             selection: their choices; with weights, combine needs not ask for them.
-            form: how rows are encoded.
-            num_slots: M, at least T, the same on all ranks.
-            num_experts: E.
-            compact: lay the experts' rows back to back instead of in slabs.
+            kind: what the arguments say besides.
             stats: to be added to.
             hooked: receive later; otherwise `receive` has run.
 
@@ -116,21 +110,22 @@ class LowLatency:
             HandleError: two dispatches are in flight already.
             Others: what `Transport.route` and `Transport.send` raise.
         """
-        row, selection = form.row(x.shape[1]), selection.owned()
+        form, num_experts, selection = kind.form, kind.num_experts, selection.owned()
+        row = form.row(kind.hidden)
         with self._session.flight(Operation.LOW_LATENCY_DISPATCH) as attempt:
             planes = encode(x.detach().contiguous(), form)
             header = self._header(attempt, row, selection)._replace(
-                num_slots=num_slots,
+                num_slots=kind.num_slots,
                 num_experts=num_experts,
                 return_bytes=row.hidden * self._partials.itemsize,
             )
-            payload, scales, handle = self._empty_slabs(form, header, compact=compact, like=x)
+            payload, scales, handle = self._empty_slabs(form, header, compact=kind.compact, like=x)
             routed = attempt.route(header, selection.to_bytes())
             table = _table(routed, selection)
             in_rank = self._present(selection, routed, num_experts)
             counts = self._counts(in_rank.sum(0).tolist(), self._coming(table, num_experts))
             sends = layouts.send_tokens(in_rank)
-            landing = attempt.send(Shipment(planes, sends, counts, num_slots=num_slots))
+            landing = attempt.send(Shipment(planes, sends, counts, num_slots=kind.num_slots))
         known = None if selection.topk_weights is None else table
         memory = _Memory(selection, in_rank, routed.eras, attempt.call.sequence, known)
         self._memories[handle.src_info] = memory
@@ -151,7 +146,7 @@ class LowLatency:
         selection: Selection,
         handle: LowLatencyHandle,
         *,
-        use_logfmt: bool,
+        kind: CombineKind,
         out: torch.Tensor,
         stats: Stats,
         hooked: bool,
@@ -162,7 +157,7 @@ class LowLatency:
             x: [L, R * M, H] bf16, or compact [n, H].
             selection: choices and weights of this rank's tokens, as dispatched.
             handle: of the dispatch.
-            use_logfmt: send sums in ten bits a value.
+            kind: what the arguments say besides.
             out: [T, H] of x's dtype, to be written by the receiving half.
             stats: as for `dispatch`.
             hooked: as for `dispatch`.
@@ -178,7 +173,7 @@ class LowLatency:
         with self._session.checking(Operation.LOW_LATENCY_COMBINE):
             memory = self._recall(handle, selection)
         known = None if memory is None else memory.table
-        hidden = handle.hidden
+        hidden, use_logfmt = handle.hidden, kind.use_logfmt
         row = log_row(hidden) if use_logfmt else RowFormat(self._partials, hidden)
         share = selection.to_bytes() if known is None else selection.topk_idx.new_empty(0).byte()
         with self._session.flight(Operation.LOW_LATENCY_COMBINE) as attempt:

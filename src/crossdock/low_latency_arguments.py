@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -26,125 +26,17 @@ from crossdock.handle import LowLatencyHandle, check_slab_shapes
 from crossdock.routing import Selection, check_expert_ids
 from crossdock.shapes import Meta, check_meta
 from crossdock.topology import num_local_experts
+from crossdock.verbs import CombineKind, DispatchKind
 
 __all__ = [
-    "CombineArguments",
+    "Kinds",
     "LowLatencyOptions",
-    "SlabArguments",
-    "check_combine",
-    "check_dispatch",
     "check_row_count",
     "selected",
 ]
 
 _REMEMBERED = 1024
 """Kinds of calls whose checks are remembered."""
-
-
-class SlabArguments(NamedTuple):
-    """The arguments of a dispatch, but for what is in its tensors."""
-
-    x: Meta
-    topk_idx: Meta
-    topk_weights: Meta
-    received: Meta
-    num_slots: int
-    num_experts: int
-    num_ranks: int
-    form: TokenFormat
-
-
-@functools.lru_cache(_REMEMBERED)
-def check_dispatch(call: SlabArguments) -> None:
-    """Check the arguments of a dispatch.
-
-    Raises:
-        ShapeError: a tensor has the wrong shape or dtype, there are more tokens than slots, or the
-            experts do not divide over the ranks.
-    """
-    check_meta("x", call.x, dtype=torch.bfloat16, shape=(None, None))
-    num_tokens, hidden = call.x[1] if call.x is not None else (0, 0)
-    call.form.row(hidden)
-    _check_choices(call, num_tokens)
-    if call.received is not None:
-        shape = (call.num_experts // call.num_ranks,)
-        name = "cumulative_local_expert_recv_stats"
-        check_meta(name, call.received, dtype=torch.int32, shape=shape)
-
-
-class CombineArguments(NamedTuple):
-    """The arguments of a combine, but for what is in its tensors.
-
-    `src_info`, `layout_range` and the rest are those of its handle, the tensors as shapes.
-    """
-
-    x: Meta
-    topk_idx: Meta
-    topk_weights: Meta
-    out: Meta
-    src_info: torch.Size
-    layout_range: torch.Size
-    num_slots: int
-    hidden: int
-    num_experts: int
-    num_ranks: int
-
-
-@functools.lru_cache(_REMEMBERED)
-def check_combine(call: CombineArguments) -> None:
-    """Check the arguments of a combine.
-
-    Raises:
-        ShapeError: as `check_dispatch`.
-        HandleError: the parts of the handle do not fit each other, or the group.
-    """
-    check_slab_shapes(
-        call.src_info,
-        call.layout_range,
-        num_slots=call.num_slots,
-        num_experts=call.num_experts,
-        num_ranks=call.num_ranks,
-    )
-    check_meta("topk_weights", call.topk_weights, dtype=torch.float32, shape=(None, None))
-    num_tokens = 0 if call.topk_idx is None else call.topk_idx[1][0]
-    _check_choices(call, num_tokens)
-    slab = (call.layout_range[0], call.num_ranks * call.num_slots, call.hidden)
-    is_slab = call.x is not None and len(call.x[1]) == len(slab)
-    check_meta("x", call.x, dtype=torch.bfloat16, shape=slab if is_slab else (None, call.hidden))
-    check_meta("out", call.out, dtype=torch.bfloat16, shape=(num_tokens, call.hidden))
-
-
-def _check_choices(call: SlabArguments | CombineArguments, num_tokens: int) -> None:
-    num_local_experts(call.num_experts, call.num_ranks)
-    check_meta("topk_idx", call.topk_idx, dtype=torch.int64, shape=(num_tokens, None))
-    if call.num_slots < max(num_tokens, 1):
-        expected = f"at least {max(num_tokens, 1)}, the number of tokens"
-        raise ShapeError("num_max_dispatch_tokens_per_rank", got=call.num_slots, expected=expected)
-    if call.topk_weights is not None and call.topk_idx is not None:
-        shape = tuple(call.topk_idx[1])
-        check_meta("topk_weights", call.topk_weights, dtype=torch.float32, shape=shape)
-
-
-def selected(
-    topk_idx: torch.Tensor, topk_weights: torch.Tensor | None, num_experts: int
-) -> Selection:
-    """The choices of a rank's tokens.
-
-    Raises:
-        ShapeError: there is no such expert; on CPU.
-    """
-    check_expert_ids(topk_idx, num_experts)
-    weights = None if topk_weights is None else topk_weights.contiguous()
-    return Selection(topk_idx.contiguous(), weights)
-
-
-def check_row_count(x: torch.Tensor, handle: LowLatencyHandle) -> None:
-    """Raise `ShapeError` if compact rows are fewer than were received; on CPU."""
-    if x.device.type == "cpu" and x.dim() == 2:
-        needed = int(handle.packed_recv_count.sum())
-        if x.shape[0] < needed:
-            got = f"{x.shape[0]} rows"
-            raise ShapeError("x", got=got, expected=f"{needed} rows or more, as were received")
 
 
 @dataclass(frozen=True)
@@ -193,6 +85,202 @@ class LowLatencyOptions:
         if form != FP8_BLOCK128:
             raise ConfigError(f"round_scale and use_ue8m0 are of fp8, the format is {form.name}")
         return FP8_UE8M0 if use_ue8m0 else FP8_ROUND_SCALE
+
+
+class SlabArguments(NamedTuple):
+    """The arguments of a dispatch, but for what is in its tensors."""
+
+    x: Meta
+    topk_idx: Meta
+    topk_weights: Meta
+    waits: Meta
+    received: Meta
+    num_slots: int
+    num_experts: int
+    use_fp8: bool
+    round_scale: bool
+    use_ue8m0: bool
+
+
+class CombineArguments(NamedTuple):
+    """The arguments of a combine, but for what is in its tensors.
+
+    `src_info`, `layout_range` and what follows are those of its handle.
+    """
+
+    x: Meta
+    topk_idx: Meta
+    topk_weights: Meta
+    out: Meta
+    waits: Meta
+    use_logfmt: bool
+    src_info: Meta
+    layout_range: torch.Size
+    num_slots: int
+    hidden: int
+    num_experts: int
+
+
+class Kinds:
+    """The kinds of calls that a buffer makes: what is to be known of them is found out once.
+
+    Args:
+        options: what the buffer was told.
+        num_ranks: R.
+    """
+
+    def __init__(self, options: LowLatencyOptions, num_ranks: int) -> None:
+        self._options, self._num_ranks = options, num_ranks
+        self.dispatch = functools.lru_cache(_REMEMBERED)(self._dispatch)
+        self.combine = functools.lru_cache(_REMEMBERED)(self._combine)
+
+    def _dispatch(self, arguments: tuple[Any, ...]) -> DispatchKind:
+        """The kind of a dispatch.
+
+        Args:
+            arguments: a `SlabArguments`, or a tuple that is quicker made.
+
+        Raises:
+            ConfigError: see `LowLatencyOptions.chosen`.
+            ShapeError: see `check_dispatch`.
+        """
+        call = SlabArguments(*arguments)
+        form = self._options.chosen(
+            use_fp8=call.use_fp8, round_scale=call.round_scale, use_ue8m0=call.use_ue8m0
+        )
+        num_tokens, hidden, num_topk = check_dispatch(call, form, num_ranks=self._num_ranks)
+        return DispatchKind(
+            form=form,
+            num_tokens=num_tokens,
+            hidden=hidden,
+            num_topk=num_topk,
+            num_slots=call.num_slots,
+            num_experts=call.num_experts,
+            compact=self._options.rows == "compact",
+            x=call.x,
+            topk_idx=call.topk_idx,
+            topk_weights=call.topk_weights,
+            waits=call.waits,
+            received=call.received,
+        )
+
+    def _combine(self, arguments: tuple[Any, ...]) -> CombineKind:
+        """The kind of a combine.
+
+        Args:
+            arguments: a `CombineArguments`, or a tuple that is quicker made.
+
+        Raises:
+            ShapeError, HandleError: see `check_combine`.
+        """
+        call = CombineArguments(*arguments)
+        num_tokens, num_topk = check_combine(call, num_ranks=self._num_ranks)
+        src_info = _shape(call.src_info)
+        return CombineKind(
+            num_tokens=num_tokens,
+            hidden=call.hidden,
+            num_topk=num_topk,
+            num_slots=call.num_slots,
+            num_experts=call.num_experts,
+            num_rows=src_info.numel(),
+            compact=len(src_info) == 1,
+            x_is_compact=len(_shape(call.x)) == 2,
+            use_logfmt=call.use_logfmt,
+            x=call.x,
+            topk_idx=call.topk_idx,
+            topk_weights=call.topk_weights,
+            out=call.out,
+            waits=call.waits,
+            src_info=call.src_info,
+        )
+
+
+def check_dispatch(
+    call: SlabArguments, form: TokenFormat, *, num_ranks: int
+) -> tuple[int, int, int]:
+    """Check the arguments of a dispatch.
+
+    Returns:
+        T, H and K.
+
+    Raises:
+        ShapeError: a tensor has the wrong shape or dtype, there are more tokens than slots, or the
+            experts do not divide over the ranks.
+    """
+    check_meta("x", call.x, dtype=torch.bfloat16, shape=(None, None))
+    num_tokens, hidden = _shape(call.x)
+    form.row(hidden)
+    _check_choices(call, num_tokens, num_ranks)
+    if call.received is not None:
+        name, shape = "cumulative_local_expert_recv_stats", (call.num_experts // num_ranks,)
+        check_meta(name, call.received, dtype=torch.int32, shape=shape)
+    return num_tokens, hidden, _shape(call.topk_idx)[1]
+
+
+def check_combine(call: CombineArguments, *, num_ranks: int) -> tuple[int, int]:
+    """Check the arguments of a combine.
+
+    Returns:
+        T and K.
+
+    Raises:
+        ShapeError: as `check_dispatch`.
+        HandleError: the parts of the handle do not fit each other, or the group.
+    """
+    check_slab_shapes(
+        _shape(call.src_info),
+        call.layout_range,
+        num_slots=call.num_slots,
+        num_experts=call.num_experts,
+        num_ranks=num_ranks,
+    )
+    check_meta("topk_weights", call.topk_weights, dtype=torch.float32, shape=(None, None))
+    num_tokens = 0 if call.topk_idx is None else call.topk_idx[1][0]
+    _check_choices(call, num_tokens, num_ranks)
+    slab = (call.layout_range[0], num_ranks * call.num_slots, call.hidden)
+    is_slab = call.x is not None and len(call.x[1]) == len(slab)
+    check_meta("x", call.x, dtype=torch.bfloat16, shape=slab if is_slab else (None, call.hidden))
+    if call.out is not None:
+        check_meta("out", call.out, dtype=torch.bfloat16, shape=(num_tokens, call.hidden))
+    return num_tokens, _shape(call.topk_idx)[1]
+
+
+def _shape(value: Meta) -> torch.Size:
+    """The shape of a tensor that is known to be there."""
+    return torch.Size() if value is None else value[1]
+
+
+def _check_choices(call: SlabArguments | CombineArguments, num_tokens: int, num_ranks: int) -> None:
+    num_local_experts(call.num_experts, num_ranks)
+    check_meta("topk_idx", call.topk_idx, dtype=torch.int64, shape=(num_tokens, None))
+    if call.num_slots < max(num_tokens, 1):
+        expected = f"at least {max(num_tokens, 1)}, the number of tokens"
+        raise ShapeError("num_max_dispatch_tokens_per_rank", got=call.num_slots, expected=expected)
+    if call.topk_weights is not None and call.topk_idx is not None:
+        shape = tuple(call.topk_idx[1])
+        check_meta("topk_weights", call.topk_weights, dtype=torch.float32, shape=shape)
+
+
+def selected(
+    topk_idx: torch.Tensor, topk_weights: torch.Tensor | None, num_experts: int
+) -> Selection:
+    """The choices of a rank's tokens.
+
+    Raises:
+        ShapeError: there is no such expert; on CPU.
+    """
+    check_expert_ids(topk_idx, num_experts)
+    weights = None if topk_weights is None else topk_weights.contiguous()
+    return Selection(topk_idx.contiguous(), weights)
+
+
+def check_row_count(x: torch.Tensor, handle: LowLatencyHandle) -> None:
+    """Raise `ShapeError` if compact rows are fewer than were received; on CPU."""
+    if x.is_cpu and x.dim() == 2:
+        needed = int(handle.packed_recv_count.sum())
+        if x.shape[0] < needed:
+            got = f"{x.shape[0]} rows"
+            raise ShapeError("x", got=got, expected=f"{needed} rows or more, as were received")
 
 
 _FORMATS = MappingProxyType({"fp8": FP8_BLOCK128, "int8": INT8_ROW, "bf16": BF16})

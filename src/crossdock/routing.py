@@ -75,7 +75,7 @@ def dispatch_layout(topk_idx: torch.Tensor, num_experts: int, num_ranks: int) ->
 
 def check_expert_ids(topk_idx: torch.Tensor, num_experts: int) -> None:
     """Raise `ShapeError` if an id is not below `num_experts`; on CPU, where looking is free."""
-    if topk_idx.device.type == "cpu" and topk_idx.numel():
+    if topk_idx.is_cpu and topk_idx.numel():
         highest = int(topk_idx.max())
         if highest >= num_experts:
             raise ShapeError(

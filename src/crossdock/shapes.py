@@ -1,7 +1,7 @@
 """Whether a tensor has the dtype and shape that it should have.
 
-What is looked at of a tensor is its *meta*: dtype and shape. Checks that need no more take that, so
-that they can be remembered for all tensors of the same.
+What is looked at of a tensor is its *meta*: dtype, shape and device. Checks that need no more take
+that, so that they can be remembered for all tensors of the same.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from crossdock.errors import ShapeError
 
 __all__ = ["Meta", "check_meta", "check_tensor", "meta"]
 
-Meta = tuple[torch.dtype, torch.Size] | None
-"""Dtype and shape of a tensor; None where there is none."""
+Meta = tuple[torch.dtype, torch.Size, torch.device] | None
+"""Dtype, shape and device of a tensor; None where there is none."""
 
 
 def meta(value: torch.Tensor | None) -> Meta:
-    """Dtype and shape of a tensor."""
-    return None if value is None else (value.dtype, value.shape)
+    """Dtype, shape and device of a tensor."""
+    return None if value is None else (value.dtype, value.shape, value.device)
 
 
 def check_meta(

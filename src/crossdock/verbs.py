@@ -20,10 +20,14 @@ from crossdock.config import Config
 from crossdock.formats import RowFormat, TokenFormat
 from crossdock.handle import Handle, LowLatencyHandle
 from crossdock.routing import DispatchLayout, RoutingShare, Selection
+from crossdock.shapes import Meta
 from crossdock.transports.session import Receive
 
 __all__ = [
+    "NO_STATS",
+    "CombineKind",
     "Combined",
+    "DispatchKind",
     "Dispatched",
     "ExchangeCalls",
     "LowLatencyCalls",
@@ -99,6 +103,10 @@ class Stats(NamedTuple):
             self.waits.add_(told)
 
 
+NO_STATS = Stats()
+"""None is wanted, as in most calls."""
+
+
 class ExchangeCalls(Protocol):
     """The high-throughput verbs of one buffer, whoever moves the rows. See `Exchange`."""
 
@@ -153,6 +161,65 @@ class ExchangeCalls(Protocol):
         ...
 
 
+@dataclass(frozen=True, eq=False)
+class DispatchKind:
+    """What low-latency dispatches have in common that differ in what is in their tensors alone.
+
+    Made once for all of them, checked, and equal to itself only: whoever makes the calls may keep
+    by it what it works out once.
+
+    Attributes:
+        form: how rows are encoded.
+        num_tokens, hidden, num_topk: T, H, K.
+        num_slots: M, at least T, the same on all ranks.
+        num_experts: E.
+        compact: lay the experts' rows back to back instead of in slabs.
+        x, topk_idx, topk_weights, waits, received: metas of the tensors, the last two of `Stats`.
+    """
+
+    form: TokenFormat
+    num_tokens: int
+    hidden: int
+    num_topk: int
+    num_slots: int
+    num_experts: int
+    compact: bool
+    x: Meta
+    topk_idx: Meta
+    topk_weights: Meta
+    waits: Meta
+    received: Meta
+
+
+@dataclass(frozen=True, eq=False)
+class CombineKind:
+    """What low-latency combines have in common. See `DispatchKind`.
+
+    Attributes:
+        num_tokens, hidden, num_topk: T, H, K.
+        num_slots, num_experts, num_rows: of the dispatch M, E, and rows of all its slabs.
+        compact, x_is_compact: whether dispatch laid rows back to back, and whether x is laid so.
+        use_logfmt: send sums in ten bits a value.
+        x, topk_idx, topk_weights, out, waits, src_info: metas of the tensors.
+    """
+
+    num_tokens: int
+    hidden: int
+    num_topk: int
+    num_slots: int
+    num_experts: int
+    num_rows: int
+    compact: bool
+    x_is_compact: bool
+    use_logfmt: bool
+    x: Meta
+    topk_idx: Meta
+    topk_weights: Meta
+    out: Meta
+    waits: Meta
+    src_info: Meta
+
+
 class Slabs(NamedTuple):
     """What a low-latency dispatch brings. The tensors are complete once `receive` has run.
 
@@ -177,11 +244,8 @@ class LowLatencyCalls(Protocol):
         self,
         x: torch.Tensor,
         selection: Selection,
-        form: TokenFormat,
+        kind: DispatchKind,
         *,
-        num_slots: int,
-        num_experts: int,
-        compact: bool,
         stats: Stats,
         hooked: bool,
     ) -> Slabs:
@@ -194,7 +258,7 @@ class LowLatencyCalls(Protocol):
         selection: Selection,
         handle: LowLatencyHandle,
         *,
-        use_logfmt: bool,
+        kind: CombineKind,
         out: torch.Tensor,
         stats: Stats,
         hooked: bool,

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
 import torch
 import triton.language as tl
+from triton import knobs
 
 from crossdock.device.constants import aligned, constants, next_power_of_two, widest_word
-from crossdock.device.launch import Launch, model_of
+from crossdock.device.launch import Kernel, model_of, starter
 from crossdock.device.rank_kernels import shares
 from crossdock.device.streams import Fork
-from crossdock.ops.triton import expert_records, expert_sums, rank_routes, rank_rows, rank_sums
+from crossdock.ops.triton import expert_records, expert_sums, rank_records, rank_routes, rank_sums
 from crossdock.ops.triton.sync import Address, Link
 
 RECORDS = [
@@ -25,10 +27,10 @@ RECORDS = [
     expert_sums.Returned,
     expert_sums.ReturnZone,
     expert_sums.ReturnCall,
-    rank_rows.Sent,
-    rank_rows.Received,
-    rank_rows.RowZone,
-    rank_rows.SentCall,
+    rank_records.Sent,
+    rank_records.Received,
+    rank_records.RowZone,
+    rank_records.SentCall,
     rank_routes.Learned,
     rank_sums.Rows,
     rank_sums.Sums,
@@ -60,23 +62,80 @@ def test_numbers_of_another_kind_have_no_model() -> None:
         model_of(Odd)
 
 
-class Recorder:
-    """A kernel that remembers its launches."""
-
-    def __init__(self) -> None:
-        self.launches: list[tuple[int, tuple[tuple[int, ...], ...]]] = []
-
-    def launch(self, num_programs: int, arguments: tuple[tuple[int, ...], ...], **_: str) -> None:
-        self.launches.append((num_programs, arguments))
+def move_rows() -> None:
+    """Stands for a kernel."""
 
 
 @pytest.mark.parametrize(("hooked", "sizes"), [(False, [[7], [7]]), (True, [[3], [3, 4]])])
 def test_a_launch_is_whole_or_in_halves(hooked: bool, sizes: list[list[int]]) -> None:
-    kernel, arguments = Recorder(), ((1, 2), (3,))
-    receive = Launch(kernel, arguments, ()).run(3, 4, hooked=hooked)
+    kernel, arguments = Kernel(move_rows, num_warps=4), ((1, 2), (3,))
+    launches = []
+    kernel._start = lambda *launched: launches.append(launched)
+    receive = kernel.launch_halves((3, 4), arguments, hooked=hooked)
     for expected in sizes:
-        assert kernel.launches == [(num, arguments) for num in expected]
+        assert launches == [(num, arguments) for num in expected]
         receive()
+
+
+class Compiled:
+    """Stands for what Triton has compiled: remembers how it was launched.
+
+    Args:
+        is_whole: whether it has all that it needs to be launched directly.
+    """
+
+    def __init__(self, *, is_whole: bool) -> None:
+        self.launches: list[tuple[object, ...]] = []
+        if is_whole:
+            self.run = lambda *given: self.launches.append(("run", *given))
+            self.function, self.packed_metadata = 17, (4, 1, 0)
+
+    def __getitem__(self, grid: tuple[int, int, int]):
+        return lambda *given: self.launches.append((grid, *given))
+
+
+class Driver:
+    """Stands for Triton's: the current device is 2, and its current stream is 200."""
+
+    def get_current_device(self) -> int:
+        return 2
+
+    def get_current_stream(self, device: int) -> int:
+        return 100 * device
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("crossdock.device.launch.driver", SimpleNamespace(active=Driver()))
+
+
+@pytest.mark.usefixtures("driver")
+def test_a_compiled_kernel_is_launched_directly_on_the_current_stream() -> None:
+    compiled = Compiled(is_whole=True)
+    starter(compiled, ("a", "b"))(5, ((1, 2), (3,)))
+    told = (17, (4, 1, 0), None, None, None)
+    assert compiled.launches == [("run", 5, 1, 1, 200, *told, (1, 2), (3,), "a", "b")]
+
+
+@pytest.mark.usefixtures("driver")
+def test_what_cannot_be_launched_directly_is_left_to_triton() -> None:
+    compiled = Compiled(is_whole=False)
+    starter(compiled, ("a",))(5, ((1, 2),))
+    assert compiled.launches == [((5, 1, 1), (1, 2), "a")]
+
+
+@pytest.mark.usefixtures("driver")
+@pytest.mark.parametrize("hook", ["launch_enter_hook", "launch_exit_hook"])
+def test_profilers_that_hook_into_triton_are_told(hook: str) -> None:
+    compiled = Compiled(is_whole=True)
+    start, hooks = starter(compiled, ()), getattr(knobs.runtime, hook)
+    watch = print
+    hooks.add(watch)
+    try:
+        start(5, ((1, 2),))
+    finally:
+        hooks.remove(watch)
+    assert compiled.launches == [((5, 1, 1), (1, 2))]
 
 
 @pytest.mark.parametrize(

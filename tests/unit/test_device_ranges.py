@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from crossdock.device.launch import Kernel, Launch
+from crossdock.device.launch import Kernel, starter
 
 
 def move_rows() -> None:
@@ -47,8 +47,9 @@ def test_ranges_have_the_name_of_the_kernel_and_of_its_half(
 ) -> None:
     monkeypatch.setenv("CROSSDOCK_NVTX", switch)
     kernel = Kernel(move_rows, num_warps=4)
-    kernel._compiled = compiled = Compiled(ranges)
-    Launch(kernel, (), ()).run(2, 3, hooked=hooked)()
+    compiled = Compiled(ranges)
+    kernel._start = starter(compiled, ())
+    kernel.launch_halves((2, 3), (), hooked=hooked)()
     halves = [(2, " send"), (3, " receive")] if hooked else [(5, "")]
     wanted = [(num, [f"crossdock move_rows{half}"] if marks else []) for num, half in halves]
     assert compiled.launches == wanted

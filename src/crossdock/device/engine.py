@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Sequence
 
 import torch
+from triton.runtime import driver
 
 from crossdock import _env
 from crossdock.device.constants import next_power_of_two
@@ -36,6 +38,9 @@ _TICKS_PER_S = 1_000_000
 
 _LONGEST = (1 << 31) - 1
 
+_LINKS = 64
+"""For each heap, state and timeout one is kept, of those that were in use last."""
+
 
 class Engine:
     """Launches kernels for the calls of one buffer.
@@ -51,17 +56,21 @@ class Engine:
         self.device = transport.device
         self._interpreted = transport.is_interpreted
         self._report = Report(self.num_ranks, self.device)
+        self._report_at = self._report.address
         self._memory = Memory(transport)
         self._transport = transport
         self.device_types = transport.device_types
         self._words = torch.zeros((2, 0), dtype=torch.int64, device="cpu")
         self._outgrown: list[torch.Tensor] = []
         self._last: torch.cuda.Stream | None = None
+        self._last_handle: int | None = None
+        self._handle_of = None if self._interpreted else driver.active.get_current_stream
         transport.at_close(self._memory)
         self._beside = None if self._interpreted else torch.cuda.Stream(self.device)
         self._waited_s = 0.0
+        self._link = functools.lru_cache(_LINKS)(self._make_link)
         self._captures = False
-        self._attempt = Attempt(Call(Operation.NONE, 0, 0.0), transport)
+        self._attempt = Attempt(session, Call(Operation.NONE, 0, 0.0))
         padded = next_power_of_two(self.num_ranks)
         self.group = Group(self.num_ranks, padded, NUM_STATES, is_compiled=not self._interpreted)
         self.slack_group = self.group._replace(can_shrink=transport.can_shrink)
@@ -122,18 +131,18 @@ class Engine:
         self.check()
         self.chain()
         self._attempt = attempt
-        needs_all = not attempt.call.operation.can_shrink
-        if self._masks is not None and needs_all and not self._captures:
-            masked = sorted(self._masks.masked())
-            if masked:
-                attempt.entered = True  # so have the others, who raise the same
-                raise UnsupportedError(f"{attempt.call} needs all ranks, but {masked} are masked")
+        if self._masks is None or self._captures or attempt.call.operation.can_shrink:
+            return
+        masked = sorted(self._masks.masked())
+        if masked:
+            attempt.entered = True  # so have the others, who raise the same
+            raise UnsupportedError(f"{attempt.call} needs all ranks, but {masked} are masked")
 
     def memory(self, wanted: DeviceCapacity) -> Generation:
         """The heap for the call that has begun, which all ranks come to. See `Memory.covering`."""
         # Whatever goes wrong from here on, the others have to hear of it.
         self._attempt.entered = self._attempt.open = True
-        generation = self._memory.covering(wanted, self._report.address, self._attempt.call)
+        generation = self._memory.covering(wanted, self._report_at, self._attempt.call)
         if self._captures:
             self._memory.keep()
         return generation
@@ -191,23 +200,27 @@ class Engine:
 
         Args:
             run: launches it.
-            tensors: what it reads and writes.
+            tensors: what it reads and writes; they live until it has been launched.
         """
-        if self._interpreted:
-            return run
 
         def later() -> None:
-            with torch.cuda.device(self.device):
-                sent = self._last
-                self.chain()
+            sent = self._last_handle
+            self.chain()
+            if sent is not None and sent != self._last_handle:
                 stream = torch.cuda.current_stream()
-                if sent is not None and sent != stream and not self._captures:
-                    for tensor in tensors:
-                        if tensor is not None:
-                            tensor.record_stream(stream)
-                run()
+                for tensor in tensors:
+                    if tensor is not None:
+                        tensor.record_stream(stream)
+            run()
 
-        return later
+        def anywhere() -> None:
+            if self._interpreted or torch.cuda.current_device() == self.device.index:
+                later()
+                return
+            with torch.cuda.device(self.device):
+                later()
+
+        return anywhere
 
     def fork(self) -> Fork:
         """A second line of work beside the current stream, from here on."""
@@ -216,17 +229,24 @@ class Engine:
     def link(self, generation: Generation, call: Call, kind: int) -> Link:
         """What a kernel of a call needs to reach the other ranks."""
         self._waited_s = call.timeout_s
+        return self._link((generation.addresses, generation.plan.credits, kind, call.timeout_s))
+
+    def _make_link(self, numbers: tuple[tuple[int, int], int, int, float]) -> Link:
+        (peers, states), told, kind, timeout_s = numbers
         per_s = _POLLS_PER_S if self._interpreted else _TICKS_PER_S
-        deadline = min(int(call.timeout_s * per_s), _LONGEST)
-        told = generation.plan.credits
-        return Link(*generation.addresses, told, self.rank, kind, deadline)
+        return Link(peers, states, told, self.rank, kind, min(int(timeout_s * per_s), _LONGEST))
 
     def chain(self) -> None:
         """Let the current stream wait for what this buffer does on another one."""
-        self._captures = not self._interpreted and torch.cuda.is_current_stream_capturing()
-        if self._interpreted or self._captures:
+        if self._handle_of is None:
             return
-        stream = torch.cuda.current_stream()
-        if self._last is not None and self._last != stream:
+        self._captures = torch.cuda.is_current_stream_capturing()
+        if self._captures:
+            return
+        handle = self._handle_of(self.device.index)
+        if handle == self._last_handle:
+            return
+        stream = torch.cuda.current_stream(self.device)
+        if self._last is not None:
             stream.wait_stream(self._last)
-        self._last = stream
+        self._last, self._last_handle = stream, handle

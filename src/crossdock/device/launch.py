@@ -10,14 +10,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+from triton import knobs
+from triton.runtime import driver
 
 from crossdock import _env
 from crossdock.device.constants import constants
 
-__all__ = ["Kernel", "Launch", "model_of"]
+__all__ = ["Kernel", "model_of", "starter"]
+
+_Start = Callable[[int, tuple[tuple[int, ...], ...]], None]
+"""Launches so many programs with these arguments."""
 
 
 class Kernel:
@@ -33,7 +38,7 @@ class Kernel:
         self._function = function
         self._constants = tuple(constants(v) if isinstance(v, tuple) else v for v in values)
         self._num_warps = num_warps
-        self._compiled: Any = None
+        self._start: _Start | None = None
         self._interpreted = _env.interprets_kernels()
         self._marks = _env.marks_launches()
 
@@ -47,20 +52,40 @@ class Kernel:
             arguments: named tuples of numbers.
             half: "send" or "receive" where it is launched in two, for the names of ranges.
         """
-        if self._marks:
-            name = f"crossdock {self._function.__name__} {half}".rstrip()
-            with torch.cuda.nvtx.range(name):
-                self._launch(num_programs, arguments)
-        else:
-            self._launch(num_programs, arguments)
-
-    def _launch(self, num_programs: int, arguments: tuple[tuple[int, ...], ...]) -> None:
-        if self._interpreted:
-            self._function[(num_programs,)](*arguments, *self._constants)
+        start = self._start
+        if start is None:
+            start = self._start = self._prepare(arguments)
+        if not self._marks:
+            start(num_programs, arguments)
             return
-        if self._compiled is None:
-            self._compiled = self._compile(arguments)
-        self._compiled[(num_programs, 1, 1)](*arguments, *self._constants)
+        with torch.cuda.nvtx.range(f"crossdock {self._function.__name__} {half}".rstrip()):
+            start(num_programs, arguments)
+
+    def launch_halves(
+        self,
+        sizes: tuple[int, int],
+        arguments: tuple[tuple[int, ...], ...],
+        *,
+        hooked: bool,
+    ) -> Callable[[], None]:
+        """Launch so many programs, and so many; the second half later if it is hooked.
+
+        Returns:
+            What launches the second half, if that is still to be done, or does nothing.
+        """
+        first, second = sizes
+        if not hooked:
+            self.launch(first + second, arguments)
+            return _nothing
+        self.launch(first, arguments, half="send")
+        return partial(self.launch, second, arguments, half="receive")
+
+    def _prepare(self, arguments: tuple[tuple[int, ...], ...]) -> _Start:
+        """What launches it from now on."""
+        function, constants = self._function, self._constants
+        if self._interpreted:
+            return lambda num, numbers: function[(num,)](*numbers, *constants)
+        return starter(self._compile(arguments), constants)
 
     def _compile(self, arguments: tuple[tuple[int, ...], ...]) -> Any:
         """The kernel for numbers that are nothing in particular."""
@@ -68,6 +93,38 @@ class Kernel:
         return self._function.warmup(
             *models, *self._constants, grid=(1,), num_warps=self._num_warps
         )
+
+
+def starter(compiled: Any, constants: tuple[object, ...]) -> _Start:
+    """What launches a compiled kernel on the current stream of the device it was compiled for.
+
+    Triton finds device, stream and what to tell profilers anew at every launch. Here that is left
+    out, as long as no profiler has hooks in Triton and Triton is built as this expects.
+
+    Args:
+        compiled: the kernel.
+        constants: behind the arguments of every launch.
+    """
+
+    def start_slowly(num_programs: int, arguments: tuple[tuple[int, ...], ...]) -> None:
+        compiled[(num_programs, 1, 1)](*arguments, *constants)
+
+    try:
+        run, function, packed = compiled.run, compiled.function, compiled.packed_metadata
+        before, after = knobs.runtime.launch_enter_hook.calls, knobs.runtime.launch_exit_hook.calls
+    except AttributeError:
+        return start_slowly
+    stream_of, device = driver.active.get_current_stream, driver.active.get_current_device()
+    no_hooks = (None, None, None)
+
+    def start(num_programs: int, arguments: tuple[tuple[int, ...], ...]) -> None:
+        if before or after:
+            start_slowly(num_programs, arguments)
+            return
+        stream = stream_of(device)
+        run(num_programs, 1, 1, stream, function, packed, *no_hooks, *arguments, *constants)
+
+    return start
 
 
 _MODELS = MappingProxyType({"Address": (1 << 40) + 3, "int": 3})
@@ -79,34 +136,6 @@ def model_of(kind: Any) -> tuple[int, ...]:
     widths = (getattr(hint, "__forward_arg__", hint) for hint in kind.__annotations__.values())
     model: tuple[int, ...] = kind(*(_MODELS[str(width)] for width in widths))
     return model
-
-
-class Launch(NamedTuple):
-    """A launch in two halves.
-
-    Attributes:
-        kernel, arguments: see `Kernel.launch`.
-        alive: what must live until the second half has been launched.
-    """
-
-    kernel: Kernel
-    arguments: tuple[tuple[int, ...], ...]
-    alive: tuple[object, ...]
-
-    def run(self, first: int, second: int, *, hooked: bool) -> Callable[[], None]:
-        """Launch so many programs, and so many; the second half later if it is hooked.
-
-        Returns:
-            What launches the second half, if that is still to be done, or does nothing.
-        """
-        if not hooked:
-            self.kernel.launch(first + second, self.arguments)
-            return _nothing
-        self.kernel.launch(first, self.arguments, half="send")
-        return partial(self._receive, second)
-
-    def _receive(self, num_programs: int) -> None:
-        self.kernel.launch(num_programs, self.arguments, half="receive")
 
 
 def _nothing() -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -25,19 +26,21 @@ from crossdock.device.expert_kernels import (
     plan_combine,
     plan_dispatch,
 )
-from crossdock.device.launch import Launch
 from crossdock.device.slabs import Extras
 from crossdock.device.watch import State
 from crossdock.errors import HandleError, UnsupportedError
-from crossdock.formats import TokenFormat
 from crossdock.handle import LowLatencyHandle
 from crossdock.ops.triton import expert_records, expert_sums
 from crossdock.routing import Selection
+from crossdock.shapes import Meta
 from crossdock.transports.header import Operation
 from crossdock.transports.session import Receive
-from crossdock.verbs import Slabs, Stats
+from crossdock.verbs import CombineKind, DispatchKind, Slabs, Stats
 
 __all__ = ["DeviceLowLatency"]
+
+_REMEMBERED = 1024
+"""Kinds of calls that are remembered."""
 
 
 class DeviceLowLatency:
@@ -54,6 +57,8 @@ class DeviceLowLatency:
         self._buffers = WeakTensorKeyDictionary()
         self._dispatch_plan = functools.cache(self._plan_dispatch)
         self._combine_plan = functools.cache(self._plan_combine)
+        self._dispatches = functools.lru_cache(_REMEMBERED)(self._prepare_dispatch)
+        self._combines = functools.lru_cache(_REMEMBERED)(self._prepare_combine)
 
     def _plan_dispatch(self, shape: DispatchShape) -> DispatchPlan:
         engine = self._engine
@@ -65,61 +70,94 @@ class DeviceLowLatency:
     def _plan_combine(self, shape: CombineShape) -> CombinePlan:
         return plan_combine(shape, self._engine.slack_group, partials=self._partials)
 
+    def _prepare_dispatch(self, kind: DispatchKind) -> _Dispatch:
+        engine = self._engine
+        plan = self._dispatch_plan(
+            DispatchShape(
+                kind.form,
+                kind.hidden,
+                kind.num_topk,
+                kind.num_slots,
+                kind.num_experts,
+                kind.topk_weights is not None,
+                kind.compact,
+                kind.waits is not None,
+                kind.received is not None,
+            )
+        )
+        others = (kind.topk_idx, kind.topk_weights, kind.waits, kind.received)
+        call = _dispatch_call(kind.num_tokens, kind.num_slots, engine)
+        return _Dispatch(
+            plan,
+            call,
+            (2 + call.num_senders, 1 + plan.num_timers + call.num_placers),
+            _unreachable(kind.x, others, engine),
+        )
+
     def dispatch(
         self,
         x: torch.Tensor,
         selection: Selection,
-        form: TokenFormat,
+        kind: DispatchKind,
         *,
-        num_slots: int,
-        num_experts: int,
-        compact: bool,
         stats: Stats,
         hooked: bool,
     ) -> Slabs:
         """See `LowLatency.dispatch`."""
-        engine, x = self._engine, aligned(x)
-        idx, weights = selection.topk_idx, selection.topk_weights
-        plan = self._dispatch_plan(
-            DispatchShape(
-                form,
-                x.shape[1],
-                idx.shape[1],
-                num_slots,
-                num_experts,
-                weights is not None,
-                compact,
-                stats.waits is not None,
-                stats.received is not None,
-            )
-        )
+        engine, made, x = self._engine, self._dispatches(kind), aligned(x)
+        (idx, weights), plan = selection, made.plan
         with engine.session.flight(Operation.LOW_LATENCY_DISPATCH) as attempt:
             engine.begin(attempt)
-            _check(x, (idx, weights, *stats), engine)
-            _check_dense(stats)
+            _check(made.trouble, stats)
             memory = engine.memory(plan.capacity)
             payload, scales, handle = slabs = plan.layout.allocate(x.device)
             zone = memory.next_zone(0)
-            weights = _or(weights, x)
-            call = _dispatch_call(x.shape[0], num_slots, engine)
-            launch = Launch(
-                plan.kernel,
+            receive = plan.kernel.launch_halves(
+                made.num_programs,
                 (
                     _tokens(x, idx, weights),
                     _slabs(slabs, plan, stats),
                     engine.link(memory, attempt.call, State.LOW_LATENCY_DISPATCH + zone),
                     memory.plan.zones[zone],
-                    call,
+                    made.call,
                 ),
-                (slabs, x, idx, weights, stats, memory),
+                hooked=hooked,
             )
-            receivers = 1 + plan.num_timers + call.num_placers
-            receive = launch.run(2 + call.num_senders, receivers, hooked=hooked)
             if hooked:
                 kept = (payload, scales, *handle[:2], handle[5], x, idx, weights, *stats)
                 receive = memory.hold_zone(0, zone, engine.resume(receive, kept))
         left = engine.session.receive(attempt.call, receive, hooked=hooked)
         return Slabs(payload, scales, handle, left)
+
+    def _prepare_combine(self, called: tuple[CombineKind, int]) -> _Combine:
+        """For combines of a kind, with as many words behind `src_info`."""
+        (kind, num_words), engine = called, self._engine
+        num_choices = engine.num_ranks * kind.num_slots * kind.num_topk
+        extras = Extras.found(kind.num_rows, num_choices, engine.num_ranks, num_words=num_words)
+        if extras is None:
+            raise HandleError("the handle is a copy, or topk_idx is not that of its dispatch")
+        plan = self._combine_plan(
+            CombineShape(
+                kind.hidden,
+                kind.num_topk,
+                kind.num_slots,
+                kind.num_experts,
+                kind.use_logfmt,
+                extras.has_weights,
+                kind.waits is not None,
+                kind.compact,
+                kind.x_is_compact,
+            )
+        )
+        others = (kind.topk_idx, kind.topk_weights, kind.src_info, kind.out, kind.waits)
+        call = _combine_call(kind.num_tokens, kind.num_slots, engine)
+        return _Combine(
+            plan,
+            call,
+            (1 + plan.num_tellers + call.num_senders, plan.num_timers + call.num_reducers),
+            _unreachable(kind.x, others, engine),
+            extras[:3],
+        )
 
     def combine(
         self,
@@ -127,60 +165,40 @@ class DeviceLowLatency:
         selection: Selection,
         handle: LowLatencyHandle,
         *,
-        use_logfmt: bool,
+        kind: CombineKind,
         out: torch.Tensor,
         stats: Stats,
         hooked: bool,
     ) -> Receive | None:
         """See `LowLatency.combine`."""
-        engine, x = self._engine, aligned(x)
-        idx, weights, words = selection.topk_idx, selection.topk_weights, handle.src_info
-        (num_tokens, num_topk), waits = idx.shape, stats.waits
-        extras = Extras.of_handle(handle, num_topk)
+        engine, (idx, weights) = self._engine, selection
+        words, layout_range, x = handle[0], handle[1], aligned(x)
+        made = self._combines((kind, words.untyped_storage().nbytes() // 4))
         with engine.session.flight(Operation.LOW_LATENCY_COMBINE) as attempt:
             engine.begin(attempt)
-            _check(x, (idx, weights, words, out, waits), engine)
-            _check_dense(stats)
+            _check(made.trouble, stats)
             target = _writable(out)
-            plan = self._combine_plan(
-                CombineShape(
-                    handle.hidden,
-                    num_topk,
-                    handle.num_max_dispatch_tokens_per_rank,
-                    handle.num_experts,
-                    use_logfmt,
-                    extras.has_weights,
-                    waits is not None,
-                    handle.is_compact,
-                    x.dim() == 2,
-                )
-            )
-            memory = engine.memory(plan.capacity)
+            memory = engine.memory(made.plan.capacity)
             zone = memory.next_zone(1)
-            call = _combine_call(num_tokens, handle.num_max_dispatch_tokens_per_rank, engine)
-            weights, waits = _or(weights, x), _or(waits, x)
-            launch = Launch(
-                plan.kernel,
+            receive = made.plan.kernel.launch_halves(
+                made.num_programs,
                 (
                     expert_sums.Chosen(
-                        idx.data_ptr(), weights.data_ptr(), target.data_ptr(), waits.data_ptr()
+                        idx.data_ptr(), _address(weights), target.data_ptr(), _address(stats.waits)
                     ),
                     expert_sums.Returned(
-                        x.data_ptr(), handle.layout_range.data_ptr(), words.data_ptr(), *extras[:3]
+                        x.data_ptr(), layout_range.data_ptr(), words.data_ptr(), *made.extras
                     ),
                     engine.link(memory, attempt.call, State.LOW_LATENCY_COMBINE + zone),
                     memory.plan.returns[zone],
-                    call,
+                    made.call,
                 ),
-                (idx, weights, target, x, words, handle.layout_range, waits, memory),
+                hooked=hooked,
             )
-            receivers = plan.num_timers + call.num_reducers
-            senders = 1 + plan.num_tellers + call.num_senders
-            receive = launch.run(senders, receivers, hooked=hooked)
             if target is not out:
                 receive = _then_copy(receive, target, out)
             if hooked:
-                kept = (idx, weights, target, out, x, words, handle.layout_range, waits)
+                kept = (idx, weights, target, out, x, words, layout_range, stats.waits)
                 receive = memory.hold_zone(1, zone, engine.resume(receive, kept))
         return engine.session.receive(attempt.call, receive, hooked=hooked)
 
@@ -197,27 +215,61 @@ class DeviceLowLatency:
         return found
 
 
-def _check(x: torch.Tensor, others: Sequence[torch.Tensor | None], engine: Engine) -> None:
-    """Raise `UnsupportedError` for tensors that kernels here cannot reach, or write to."""
-    if x.device.type not in engine.device_types:
-        raise UnsupportedError(
-            f"the device transport moves {engine.device_types} tensors, x is on {x.device}"
-        )
+class _Dispatch(NamedTuple):
+    """What dispatches of a kind are launched with.
+
+    Attributes:
+        plan: also for other numbers of tokens.
+        call: as the kernel takes it.
+        num_programs: of each half.
+        trouble: why kernels cannot take such tensors; empty if they can.
+    """
+
+    plan: DispatchPlan
+    call: expert_records.Call
+    num_programs: tuple[int, int]
+    trouble: str
+
+
+class _Combine(NamedTuple):
+    """What combines of a kind are launched with. See `_Dispatch`.
+
+    Attributes:
+        extras: the end of `expert_sums.Returned`, what lies where behind `src_info`.
+    """
+
+    plan: CombinePlan
+    call: expert_sums.ReturnCall
+    num_programs: tuple[int, int]
+    trouble: str
+    extras: tuple[int, ...]
+
+
+def _unreachable(x: Meta, others: Sequence[Meta], engine: Engine) -> str:
+    """Why kernels here cannot reach some tensors, or write to them; empty if they can."""
+    where = None if x is None else x[2]
+    if where is None or where.type not in engine.device_types:
+        return f"the device transport moves {engine.device_types} tensors, x is on {where}"
     for other in others:
-        if other is not None and other.device != x.device:
-            raise UnsupportedError(f"x is on {x.device}, another argument on {other.device}")
+        if other is not None and other[2] != where:
+            return f"x is on {where}, another argument on {other[2]}"
+    return ""
 
 
-def _check_dense(stats: Stats) -> None:
-    """Raise `UnsupportedError` for statistics that kernels would write to as if dense."""
+def _check(trouble: str, stats: Stats) -> None:
+    """Raise `UnsupportedError` for tensors that kernels cannot take."""
+    if trouble:
+        raise UnsupportedError(trouble)
     for counted in stats:
         if counted is not None and not counted.is_contiguous():
             raise UnsupportedError("the device transport counts in contiguous tensors alone")
 
 
-def _tokens(x: torch.Tensor, idx: torch.Tensor, weights: torch.Tensor) -> expert_records.Tokens:
+def _tokens(
+    x: torch.Tensor, idx: torch.Tensor, weights: torch.Tensor | None
+) -> expert_records.Tokens:
     address = x.data_ptr()
-    return expert_records.Tokens(address, address, idx.data_ptr(), weights.data_ptr())
+    return expert_records.Tokens(address, address, idx.data_ptr(), _address(weights))
 
 
 def _slabs(
@@ -227,15 +279,14 @@ def _slabs(
 ) -> expert_records.Slabs:
     """What the kernel is told of the results."""
     payload, scales, handle = made
-    info = handle.src_info
     return expert_records.Slabs(
         payload.data_ptr(),
-        _or(scales, payload).data_ptr(),
-        info.data_ptr(),
-        handle.layout_range.data_ptr(),
-        handle.packed_recv_count.data_ptr(),
-        _or(stats.waits, info).data_ptr(),
-        _or(stats.received, info).data_ptr(),
+        _address(scales),
+        handle[0].data_ptr(),
+        handle[1].data_ptr(),
+        handle[5].data_ptr(),
+        _address(stats[0]),
+        _address(stats[1]),
         *plan.numbers,
     )
 
@@ -256,9 +307,9 @@ def _then_copy(
     return run
 
 
-def _or(tensor: torch.Tensor | None, other: torch.Tensor) -> torch.Tensor:
-    """A tensor, or in its place one that will not be looked at."""
-    return other if tensor is None else tensor
+def _address(tensor: torch.Tensor | None) -> int:
+    """Where a tensor lies; where there is none, an address that will not be looked at."""
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _dispatch_call(num_tokens: int, num_slots: int, engine: Engine) -> expert_records.Call:

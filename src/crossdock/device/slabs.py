@@ -14,7 +14,6 @@ from typing import NamedTuple
 import torch
 
 from crossdock.config import align
-from crossdock.errors import HandleError
 from crossdock.formats import TokenFormat
 from crossdock.handle import LowLatencyHandle
 from crossdock.ops.triton.expert_records import Experts
@@ -45,20 +44,15 @@ class Extras(NamedTuple):
         return cls(row_of, weights, num_sent, num_sent + num_ranks)
 
     @classmethod
-    def of_handle(cls, handle: LowLatencyHandle, num_topk: int) -> Extras:
-        """What lies behind the `src_info` of a handle.
-
-        Raises:
-            HandleError: nothing, since it is a copy, or of calls with another top-k.
-        """
-        num_ranks, words = handle.layout_range.shape[1], handle.src_info
-        num_choices = num_ranks * handle.num_max_dispatch_tokens_per_rank * num_topk
-        have = words.untyped_storage().nbytes() // 4
+    def found(
+        cls, num_rows: int, num_choices: int, num_ranks: int, *, num_words: int
+    ) -> Extras | None:
+        """Whichever of those that `of` gives takes so many words."""
         for has_weights in (False, True):
-            extras = cls.of(words.numel(), num_choices, num_ranks, has_weights=has_weights)
-            if extras.num_words == have:
+            extras = cls.of(num_rows, num_choices, num_ranks, has_weights=has_weights)
+            if extras.num_words == num_words:
                 return extras
-        raise HandleError("the handle is a copy, or topk_idx is not that of its dispatch")
+        return None
 
     @property
     def has_weights(self) -> bool:

@@ -50,14 +50,30 @@ class Timeouts:
 
 
 class Attempt:
-    """One call on its way through the transport."""
+    """One call on its way through the transport, to the end of the `with` that it is made for."""
 
-    def __init__(self, call: Call, transport: Carrier) -> None:
+    __slots__ = ("_session", "call", "entered", "is_flight", "open")
+
+    def __init__(self, session: Session, call: Call) -> None:
+        self._session = session
         self.call = call
-        self.entered = False
-        self.open = False
+        self.entered = self.open = self.is_flight = False
+
+    def __enter__(self) -> Attempt:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._session.end(self, error)
+
+    @property
+    def _transport(self) -> Transport:
         # Only the host's verbs route and send, and they are given transports that can.
-        self._transport = cast("Transport", transport)
+        return cast("Transport", self._session.transport)
 
     def header(self, form: RowFormat, **rest: int) -> Header:
         """A header for this call, with rows of this format."""
@@ -120,11 +136,13 @@ class Receive:
 
 
 class _Flights:
-    """Counts the calls whose receiving half has not run."""
+    """Counts the calls whose receiving half has not run.
+
+    Calls begin one at a time; they end in any thread, which needs no lock: both are one step.
+    """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._num: dict[Operation, int] = {}
+        self._flying: dict[Operation, list[None]] = {operation: [] for operation in Operation}
 
     def begin(self, operation: Operation) -> None:
         """Count one more.
@@ -132,65 +150,17 @@ class _Flights:
         Raises:
             HandleError: there are as many as there may be.
         """
-        with self._lock:
-            if self._num.get(operation, 0) >= MAX_IN_FLIGHT:
-                raise HandleError(
-                    f"{MAX_IN_FLIGHT} calls of {operation} are in flight already: "
-                    f"run the hook of one of them first"
-                )
-            self._num[operation] = self._num.get(operation, 0) + 1
+        flying = self._flying[operation]
+        if len(flying) >= MAX_IN_FLIGHT:
+            raise HandleError(
+                f"{MAX_IN_FLIGHT} calls of {operation} are in flight already: "
+                f"run the hook of one of them first"
+            )
+        flying.append(None)
 
     def end(self, operation: Operation) -> None:
         """Count one less."""
-        with self._lock:
-            self._num[operation] -= 1
-
-
-class _Calling:
-    """A call of a session while it is made. Entered on every call, so it is no generator."""
-
-    __slots__ = ("_attempt", "_operation", "_session")
-
-    def __init__(self, session: Session, operation: Operation) -> None:
-        self._session, self._operation = session, operation
-
-    def __enter__(self) -> Attempt:
-        self._attempt = self._session.begin(self._operation)
-        return self._attempt
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._session.end(self._attempt, error)
-
-
-class _Flying(_Calling):
-    """A call of a session that is in flight until it goes wrong or its rows are received."""
-
-    __slots__ = ()
-
-    def __enter__(self) -> Attempt:
-        self._session.take_off(self._operation)
-        try:
-            return super().__enter__()
-        except BaseException:
-            self._session.land(self._operation)
-            raise
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        try:
-            super().__exit__(kind, error, trace)
-        finally:
-            if error is not None:
-                self._session.land(self._operation)
+        self._flying[operation].pop()
 
 
 class _Checking:
@@ -211,7 +181,7 @@ class _Checking:
         trace: TracebackType | None,
     ) -> None:
         if isinstance(error, Exception):
-            self._session.end(self._session.begin(self._operation), error)
+            self._session.refuse(self._operation, error)
 
 
 class Session:
@@ -232,16 +202,10 @@ class Session:
         self._flights = _Flights()
         self._failure: TransportError | None = None
 
-    def call(self, operation: Operation) -> _Calling:
-        """Number a call, and let the peers know if it goes wrong here.
+    def call(self, operation: Operation) -> Attempt:
+        """The next call, for a `with`: it has the buffer for itself until that is left.
 
-        Raises, when it is entered:
-            TransportError: an earlier call made the buffer unusable.
-        """
-        return _Calling(self, operation)
-
-    def begin(self, operation: Operation) -> Attempt:
-        """The next call, which has the buffer for itself until it is over.
+        If it goes wrong here, the peers hear of it.
 
         Raises:
             TransportError: an earlier call made the buffer unusable.
@@ -255,10 +219,26 @@ class Session:
             if masks is not None:
                 call = call._replace(sequence=masks.catch_up(call))
             self._sequence = call.sequence
-            return Attempt(call, self.transport)
+            return Attempt(self, call)
         except BaseException:
             self._lock.release()
             raise
+
+    def flight(self, operation: Operation) -> Attempt:
+        """A call whose receiving half may run later: in flight until that has, or it goes wrong.
+
+        Raises:
+            HandleError: too many are in flight already.
+            Others: as `call`.
+        """
+        attempt = self.call(operation)
+        try:
+            self._flights.begin(operation)
+        except HandleError as error:
+            self.end(attempt, error)
+            raise
+        attempt.is_flight = True
+        return attempt
 
     def end(self, attempt: Attempt, error: BaseException | None) -> None:
         """A call is over, or went wrong here."""
@@ -269,15 +249,8 @@ class Session:
                 self._tell(attempt, error)
         finally:
             self._lock.release()
-
-    def flight(self, operation: Operation) -> _Calling:
-        """A call whose receiving half may run later: in flight from its beginning.
-
-        Raises, when it is entered:
-            HandleError: too many are in flight already.
-            Others: as `call`.
-        """
-        return _Flying(self, operation)
+            if error is not None and attempt.is_flight:
+                self._flights.end(attempt.call.operation)
 
     def receive(self, call: Call, run: Callable[[], None], *, hooked: bool) -> Receive | None:
         """The receiving half of a call, after which it is in flight no more.
@@ -286,11 +259,13 @@ class Session:
             What runs it, if it is to run later; None if it has run.
         """
         if hooked:
-            return Receive(partial(self._land, call, run), partial(self.land, call.operation))
+            return Receive(
+                partial(self._land, call, run), partial(self._flights.end, call.operation)
+            )
         try:
             self._land(call, run)
         finally:
-            self.land(call.operation)
+            self._flights.end(call.operation)
         return None
 
     def _land(self, call: Call, run: Callable[[], None]) -> None:
@@ -301,19 +276,6 @@ class Session:
         except BaseException as error:
             self._give_up(call, error)
             raise
-
-    def take_off(self, operation: Operation) -> None:
-        """Count one more call in flight.
-
-        Raises:
-            HandleError: there are as many as there may be.
-        """
-        with self.checking(operation):
-            self._flights.begin(operation)
-
-    def land(self, operation: Operation) -> None:
-        """Count one less."""
-        self._flights.end(operation)
 
     def _give_up(self, call: Call, error: BaseException) -> None:
         told = f"{call} was abandoned: {type(error).__name__}: {error}"
@@ -333,8 +295,12 @@ class Session:
         elif (attempt.open or not attempt.entered) and not isinstance(error, _IN_STEP):
             self._give_up(call, error)
 
+    def refuse(self, operation: Operation, error: Exception) -> None:
+        """Instead of a call, whose arguments are wrong: the peers hear of it and need not wait."""
+        self.end(self.call(operation), error)
+
     def checking(self, operation: Operation) -> _Checking:
-        """Check the arguments of a call before it: the peers hear of an error and need not wait."""
+        """Check the arguments of a call before it, and refuse it if they are wrong."""
         return _Checking(self, operation)
 
     def settle_in(self) -> None:
