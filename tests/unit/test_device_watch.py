@@ -17,6 +17,8 @@ from crossdock.ops.triton import (
     rank_routes,
     rank_rows,
     rank_sums,
+    row_checks,
+    sync,
 )
 from crossdock.transports.symmetric import GAVE_UP
 
@@ -102,6 +104,17 @@ def test_it_is_told_what_every_rank_has_come_to() -> None:
     error = report_of({1: at}).error(1.0, entered, REASONS.__getitem__)
     assert error.peers[0] == "has come to low latency dispatch 7, combine 5"
     assert error.peers[1] == "nothing yet"
+
+
+def test_damaged_rows_are_named_with_who_sent_them() -> None:
+    at = (State.PLACE, int(row_checks.DAMAGE.value), 7)
+    error = report_of({0: at, 2: at}).error(1.0, NOTHING, REASONS.__getitem__)
+    assert type(error) is TransportError
+    assert str(error) == "dispatch 7: rows of ranks [0, 2] have come damaged"
+
+
+def test_kernels_and_the_host_mean_the_same_by_giving_up() -> None:
+    assert sync.GAVE_UP.value == GAVE_UP
 
 
 def test_a_rank_that_gave_up_is_named() -> None:

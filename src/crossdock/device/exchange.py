@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import torch
 
+from crossdock import _env
 from crossdock.codec import AnyTokens, Tokens, join, row_format
 from crossdock.config import Config
 from crossdock.device.constants import aligned
@@ -195,6 +196,7 @@ class DeviceExchange:
                     len(bias),
                     counts_waits,
                     is_few(shares(config.num_sms, senders=config.num_send_sms, back=True)),
+                    _env.debug(),
                     config.tile_bytes,
                     engine.group,
                 )
@@ -269,6 +271,7 @@ class DeviceExchange:
                 viewed,
                 self._counts_waits(stats),
                 is_few(shares(config.num_sms, senders=config.num_send_sms, viewed=viewed)),
+                _env.debug(),
                 max(num_tokens, self._reserve_tokens),
                 config.tile_bytes,
                 self._engine.group,

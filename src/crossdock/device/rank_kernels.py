@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -25,8 +24,6 @@ __all__ = [
     "DispatchPlan",
     "DispatchShape",
     "Shares",
-    "addresses_received",
-    "addresses_sent",
     "back_row",
     "combine_kernel",
     "fingerprint",
@@ -42,7 +39,7 @@ __all__ = [
 
 _DISPATCH_WORDS, _COMBINE_WORDS = 4096, 8192
 """Words of 8 bytes that a program moves at once."""
-_FEW_CHOICES = 16
+_FEW_CHOICES, _FEW_EXPERTS = 16, 256
 """There is room for so many in any case, so that a heap need not grow for them."""
 _FEW_RANKS = 4
 """The rows of more ranks do not fit into registers when so many are added up at once."""
@@ -59,6 +56,7 @@ def rank_row(
     has_weights: bool,
     local: int,
     viewed: bool = False,
+    checked: bool = False,
     tile_bytes: int = 0,
 ) -> rank_records.RankRow:
     """The constants of the dispatch kernels."""
@@ -66,6 +64,7 @@ def rank_row(
     num_words = max(form.payload_bytes // min(word, 8), 1)
     padded = next_power_of_two(num_words)
     scales_at = align(form.payload_bytes, 16)
+    check_at = align(scales_at + form.scale_bytes, 8)
     return rank_records.RankRow(
         num_bytes=form.payload_bytes,
         word=word,
@@ -74,7 +73,8 @@ def rank_row(
         scale_words=form.scale_bytes // 4,
         padded_scales=next_power_of_two(max(form.scale_bytes // 4, 1)),
         scales_at=scales_at,
-        stride=align(scales_at + form.scale_bytes, 16),
+        check_at=check_at,
+        stride=align(check_at + 8 * checked, 16),
         num_topk=num_topk,
         padded_topk=next_power_of_two(max(num_topk, 1)),
         has_weights=has_weights,
@@ -83,6 +83,7 @@ def rank_row(
         chunk=2 * UNIT,
         unit=UNIT,
         back=BACK_UNIT,
+        checked=checked,
         viewed=viewed,
     )
 
@@ -95,6 +96,7 @@ def back_row(
     num_bias: int,
     num_ranks: int,
     few_senders: bool = False,
+    checked: bool = False,
     tile_bytes: int = 0,
 ) -> rank_sums.BackRow:
     """The constants of the combine kernel."""
@@ -103,6 +105,7 @@ def back_row(
     num_words = max(num_bytes // min(word, 8), 1)
     padded = next_power_of_two(num_words)
     weights_at, columns = align(num_bytes, 16), next_power_of_two(max(hidden, 1))
+    check_at = align(weights_at + 4 * num_topk, 8)
     usual = _COMBINE_WORDS if num_ranks <= _FEW_RANKS else _COMBINE_WORDS // 2
     at_once = tile_bytes // 8 or usual
     return rank_sums.BackRow(
@@ -114,7 +117,8 @@ def back_row(
         num_words=num_words,
         padded_words=padded,
         weights_at=weights_at,
-        stride=align(weights_at + 4 * num_topk, 16),
+        check_at=check_at,
+        stride=align(check_at + 8 * checked, 16),
         num_topk=num_topk,
         padded_topk=next_power_of_two(max(num_topk, 1)),
         num_bias=num_bias,
@@ -122,6 +126,7 @@ def back_row(
         sums=_rows_at_once(4 * at_once // dtype.itemsize // (2 if num_topk else 1), columns),
         chunk=(4 if few_senders else 1) * BACK_UNIT,
         unit=BACK_UNIT,
+        checked=checked,
     )
 
 
@@ -175,6 +180,7 @@ class DispatchShape(NamedTuple):
         viewed: whether rows stay where they land.
         counts_waits: whether programs measure how long each rank is waited for.
         few_senders: see `is_few`.
+        checked: whether sums of rows travel with them.
         num_tokens: tokens of a rank to make room for in advance.
         tile_bytes: see `Config`.
         group: the ranks.
@@ -189,6 +195,7 @@ class DispatchShape(NamedTuple):
     viewed: bool
     counts_waits: bool
     few_senders: bool
+    checked: bool
     num_tokens: int
     tile_bytes: int
     group: Group
@@ -222,6 +229,7 @@ def plan_dispatch(shape: DispatchShape) -> DispatchPlan:
         has_weights=shape.has_weights,
         local=shape.local,
         viewed=shape.viewed,
+        checked=shape.checked,
         tile_bytes=shape.tile_bytes,
     )
     num_topk = max(shape.num_topk, _FEW_CHOICES)
@@ -238,7 +246,7 @@ def plan_dispatch(shape: DispatchShape) -> DispatchPlan:
             token_bytes=row.stride,
             choice_bytes=2 * 4 * num_topk,
             sum_bytes=align(back, 16) + 16,
-            experts=shape.local,
+            experts=max(shape.local, _FEW_EXPERTS),
         ),
         num_timers=group.size * shape.counts_waits,
     )
@@ -247,7 +255,8 @@ def plan_dispatch(shape: DispatchShape) -> DispatchPlan:
 class CombineShape(NamedTuple):
     """What combines of a kind have in common: dtype, H, K (0 without weights), biases, ranks.
 
-    Also whether programs measure how long each rank is waited for, `is_few`, `Config.tile_bytes`.
+    Also whether programs measure how long each rank is waited for, `is_few`, whether sums of rows
+    travel with them, and `Config.tile_bytes`.
     """
 
     dtype: torch.dtype
@@ -256,6 +265,7 @@ class CombineShape(NamedTuple):
     num_bias: int
     counts_waits: bool
     few_senders: bool
+    checked: bool
     tile_bytes: int
     group: Group
 
@@ -282,6 +292,7 @@ def plan_combine(shape: CombineShape) -> CombinePlan:
         num_bias=shape.num_bias,
         num_ranks=shape.group.size,
         few_senders=shape.few_senders,
+        checked=shape.checked,
         tile_bytes=shape.tile_bytes,
     )
     return CombinePlan(
@@ -329,62 +340,3 @@ def _rows_at_once(most: int, padded: int) -> int:
 
 def _num_warps(tile_words: int) -> int:
     return max(min(tile_words // 256, 32), 4)
-
-
-def addresses_sent(
-    planes: Sequence[torch.Tensor],
-    in_rank: torch.Tensor,
-    numbered: tuple[torch.Tensor, torch.Tensor],
-    *,
-    idx: torch.Tensor | None = None,
-    weights: torch.Tensor | None = None,
-) -> rank_records.Sent:
-    """What the kernels are told of rows to send; where something is missing, any address.
-
-    Args:
-        planes: payload, and scales if there are some.
-        in_rank: [T, R] bool.
-        numbered: `send_head` [T, R] and the number of rows for each rank [R, 1].
-        idx: [T, K] int64.
-        weights: [T, K] float32.
-    """
-    head, num_sent = numbered
-    return rank_records.Sent(
-        planes[0].data_ptr(),
-        planes[-1].data_ptr(),
-        (head if idx is None else idx).data_ptr(),
-        (head if weights is None else weights).data_ptr(),
-        in_rank.data_ptr(),
-        head.data_ptr(),
-        num_sent.data_ptr(),
-    )
-
-
-def addresses_received(
-    rows: Sequence[torch.Tensor],
-    of_handle: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    *,
-    idx: torch.Tensor | None = None,
-    weights: torch.Tensor | None = None,
-    waits: torch.Tensor | None = None,
-) -> rank_records.Received:
-    """What the kernels are told of rows to receive; where something is missing, any address.
-
-    Args:
-        rows: payload, and scales if there are some; nothing yet in `route`.
-        of_handle: `recv_src_idx`, `rank_prefix_matrix` and the chunks.
-        idx: [N, K] int64.
-        weights: [N, K] float32.
-        waits: [R] int64.
-    """
-    src_idx, prefix, chunks = of_handle
-    return rank_records.Received(
-        (rows[0] if rows else prefix).data_ptr(),
-        (rows[-1] if rows else prefix).data_ptr(),
-        (prefix if idx is None else idx).data_ptr(),
-        (prefix if weights is None else weights).data_ptr(),
-        src_idx.data_ptr(),
-        prefix.data_ptr(),
-        chunks.data_ptr(),
-        (prefix if waits is None else waits).data_ptr(),
-    )

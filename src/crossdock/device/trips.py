@@ -15,13 +15,12 @@ import torch
 
 from crossdock.codec import Tokens
 from crossdock.config import Config, align
+from crossdock.device.addresses import addresses_received, addresses_sent
 from crossdock.device.constants import aligned
 from crossdock.device.engine import Engine
 from crossdock.device.memory import UNIT, DeviceCapacity
 from crossdock.device.rank_kernels import (
     DispatchPlan,
-    addresses_received,
-    addresses_sent,
     fingerprint,
     shares,
 )

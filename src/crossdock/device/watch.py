@@ -20,6 +20,7 @@ from crossdock.ops.triton import (
     rank_routes,
     rank_rows,
     rank_sums,
+    row_checks,
 )
 from crossdock.transports.symmetric import GAVE_UP
 
@@ -123,13 +124,16 @@ class Report:
             rank = failed - GAVE_UP
             return TransportError(f"rank {rank} gave up in the middle of a call: {reason_of(rank)}")
         kind, number = (words[late[0]] >> 8) & 0xFF, words[late[0]] >> 32
+        name, step, offset = _OPERATIONS[kind]
+        epoch = (number - 1) * step + offset + 1
+        if words[late[0]] & 0xFF == row_checks.DAMAGE.value:
+            return TransportError(f"{name} {epoch}: rows of ranks {late} have come damaged")
         called = State.SEND if kind == State.PLACE else kind
         absent = [rank for rank, rounds in enumerate(entered) if rounds[called] < number]
-        name, step, offset = _OPERATIONS[kind]
         return PeerTimeoutError(
             absent or late,
             operation=name,
-            epoch=(number - 1) * step + offset + 1,
+            epoch=epoch,
             phase=_PHASES[words[late[0]] & 0xFF],
             waited_s=waited_s,
             peers={rank: _describe(rounds) for rank, rounds in enumerate(entered)},

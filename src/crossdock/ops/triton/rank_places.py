@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from crossdock.ops.triton.rank_waits import add_wait
+from crossdock.ops.triton.row_checks import check_sums, sums_of
 from crossdock.ops.triton.sync import draw_ticket, heap_of, wait_flags, words_at
 
 __all__ = ["place_ranks"]
@@ -97,7 +98,7 @@ def _place(
         if not ROW.viewed:
             for then in tl.static_range(STEP, CHUNK, STEP):
                 first = chunk * CHUNK + then
-                ahead = _load_rows(own, sent, rank, first, tokens, link, zone, call, ROW)
+                ahead = _load_rows(own, sent, rank, first, tokens, link, zone, call, number, ROW, G)
                 _store_rows(received, rows, begin, limit, ROW)
                 rows = ahead
         following, ahead = _await(
@@ -145,7 +146,7 @@ def _await(
     described = _load_described(own, rank, first, tokens, zone, call, ROW, G)
     rows = described
     if not ROW.viewed:
-        rows = _load_rows(own, sent, rank, first, tokens, link, zone, call, ROW)
+        rows = _load_rows(own, sent, rank, first, tokens, link, zone, call, number, ROW, G)
     return described, rows
 
 
@@ -157,7 +158,9 @@ def _heads_of(own, src, token, num_tokens, zone, call):
 
 
 @triton.jit
-def _load_rows(own, sent, src, first, num_tokens, link, zone, call, ROW: tl.constexpr):
+def _load_rows(
+    own, sent, src, first, num_tokens, link, zone, call, number, ROW: tl.constexpr, G: tl.constexpr
+):
     """A few rows, those that have not been sent among them: of tokens, not of heads.
 
     So they need not wait until it is known which of them are there.
@@ -176,7 +179,12 @@ def _load_rows(own, sent, src, first, num_tokens, link, zone, call, ROW: tl.cons
     if ROW.scale_words:
         words = words_at(scales_at, 4)[:, None] + scale[None, :]
         scales = tl.load(words, mask=real & (scale < ROW.scale_words)[None, :])
-    return payload, scales, _heads_of(own, src, token, num_tokens, zone, call)
+    heads = _heads_of(own, src, token, num_tokens, zone, call)
+    if ROW.checked & (src != link.rank):
+        sums = sums_of(tl.where(real & (word < ROW.num_words)[None, :], payload, 0))
+        told = tl.load(words_at(payload_at + ROW.check_at, 8), mask=token < num_tokens, other=0)
+        check_sums(sums, told, heads >= 0, src, number, link, G)
+    return payload, scales, heads
 
 
 @triton.jit

@@ -19,13 +19,14 @@ class RankRow(NamedTuple):
     Attributes:
         num_bytes, word, num_words, padded_words: of the payload; see `ExpertRow`.
         scale_words, padded_scales: 32-bit words of scales.
-        scales_at, stride: where scales begin, and from row to row.
+        scales_at, check_at, stride: where scales and a sum begin, and from row to row.
         num_topk, padded_topk: K; 0 if the call names no experts.
         has_weights: whether weights travel.
         local: L.
         rows: rows that a program moves at once, a power of two.
         chunk: tokens that it is busy with at a time, a power of two.
         unit, back: tokens that a flag covers here and on the way back, of which chunks consist.
+        checked: whether sums of rows travel with them, 8 bytes behind the scales.
         viewed: whether rows stay where they land, a slot for each row that is sent; otherwise there
             is one for each token.
     """
@@ -37,6 +38,7 @@ class RankRow(NamedTuple):
     scale_words: int
     padded_scales: int
     scales_at: int
+    check_at: int
     stride: int
     num_topk: int
     padded_topk: int
@@ -46,6 +48,7 @@ class RankRow(NamedTuple):
     chunk: int
     unit: int
     back: int
+    checked: bool
     viewed: bool
 
 

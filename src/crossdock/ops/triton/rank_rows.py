@@ -20,6 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from crossdock.ops.triton.row_checks import sums_of
 from crossdock.ops.triton.sync import (
     draw_ticket,
     enter,
@@ -183,44 +184,9 @@ def _store_rows(sent, rows, begin, link, zone, call, ROW: tl.constexpr, G: tl.co
         if ROW.scale_words:
             words = words_at(to + ROW.scales_at, 4)[:, None] + scale[None, :]
             tl.store(words, scales, mask=goes & (scale < ROW.scale_words)[None, :])
-
-
-@triton.jit
-def _load_choices(sent, chunk, call, ROW: tl.constexpr):
-    """The ids and weights that the tokens of a chunk chose, one after another."""
-    nth = tl.arange(0, ROW.chunk * ROW.padded_topk)
-    choice = chunk * (ROW.chunk * ROW.num_topk) + nth
-    chosen = (nth < ROW.chunk * ROW.num_topk) & (choice < call.num_tokens * ROW.num_topk)
-    ids, weights = nth, nth
-    if ROW.num_topk:
-        ids = tl.load(words_at(sent.topk_idx, 8) + choice, mask=chosen, other=-1).to(tl.int32)
-    if ROW.has_weights:
-        weights = tl.load(words_at(sent.topk_weights, 4) + choice, mask=chosen, other=0)
-    return ids, weights
-
-
-@triton.jit
-def _store_rows(sent, rows, begin, link, zone, call, ROW: tl.constexpr, G: tl.constexpr):
-    """Write a few rows to the ranks that want them."""
-    payload, scales = rows
-    token = begin + tl.arange(0, ROW.rows)
-    word, scale = tl.arange(0, ROW.padded_words), tl.arange(0, ROW.padded_scales)
-    SIZE: tl.constexpr = G.size
-    NUM_DST: tl.constexpr = G.size if ROW.viewed else G.size - 1
-    for step in tl.static_range(NUM_DST):
-        # Neither all ranks nor all programs of one write to the same rank at a time.
-        dst = (link.rank + 1 + (begin // ROW.chunk + step) % NUM_DST) % SIZE
-        words = words_at(sent.send_head, 4) + token * SIZE + dst
-        heads = tl.load(words, mask=token < call.num_tokens, other=-1)
-        goes = (heads >= 0)[:, None]
-        lands = heads if ROW.viewed else token
-        to = heap_of(link, dst) + zone.landing
-        to += (link.rank * call.num_slots + lands).to(tl.int64) * ROW.stride
-        words = words_at(to, ROW.word)[:, None] + word[None, :]
-        tl.store(words, payload, mask=goes & (word < ROW.num_words)[None, :])
-        if ROW.scale_words:
-            words = words_at(to + ROW.scales_at, 4)[:, None] + scale[None, :]
-            tl.store(words, scales, mask=goes & (scale < ROW.scale_words)[None, :])
+        if ROW.checked:
+            sums = sums_of(tl.where(goes & (word < ROW.num_words)[None, :], payload, 0))
+            tl.store(words_at(to + ROW.check_at, 8), sums, mask=heads[step] >= 0)
 
 
 @triton.jit

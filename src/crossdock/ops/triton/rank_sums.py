@@ -20,6 +20,7 @@ import triton.language as tl
 
 from crossdock.ops.triton.quantize import round_sum
 from crossdock.ops.triton.rank_waits import add_wait
+from crossdock.ops.triton.row_checks import check_sums, sums_of
 from crossdock.ops.triton.sync import (
     Address,
     draw_ticket,
@@ -51,13 +52,14 @@ class BackRow(NamedTuple):
         element: Triton's name of the dtype.
         hidden, padded: H, and the next power of two.
         num_bytes, word, num_words, padded_words: of a row; see `ExpertRow`.
-        weights_at, stride: where float32 weights begin, and from row to row.
+        weights_at, check_at, stride: where float32 weights and a sum begin, and from row to row.
         num_topk, padded_topk: K; 0 without weights.
         num_bias: 0, 1 or 2.
         rows: rows that a sender moves at once.
         sums: rows that are added up at once.
         chunk: tokens that a sender is busy with at a time, a power of two.
         unit: tokens that a flag covers, of which chunks and sums consist.
+        checked: whether sums of rows travel with them, 8 bytes behind the weights.
     """
 
     element: int
@@ -68,6 +70,7 @@ class BackRow(NamedTuple):
     num_words: int
     padded_words: int
     weights_at: int
+    check_at: int
     stride: int
     num_topk: int
     padded_topk: int
@@ -76,6 +79,7 @@ class BackRow(NamedTuple):
     sums: int
     chunk: int
     unit: int
+    checked: bool
 
 
 class Rows(NamedTuple):
@@ -178,7 +182,9 @@ def combine_ranks(
         # What comes next is waited for while rows are loaded.
         heads = _await(own, sums, kept, begin, link, zone, call, number, ROW, G)
         for first in range(begin, call.num_tokens, stride):
-            terms, weights = _load_terms(own, rows, heads, mine, first, link, zone, call, ROW, G)
+            terms, weights = _load_terms(
+                own, rows, heads, mine, first, link, zone, call, number, ROW, G
+            )
             heads = _await(own, sums, kept, first + stride, link, zone, call, number, ROW, G)
             _add_up(sums, terms, weights, first, call, ROW, G)
 
@@ -229,6 +235,9 @@ def _store_rows(payload, weights, base, token, link, call, ROW: tl.constexpr):
     if ROW.num_topk:
         words = words_at(to + ROW.weights_at, 4)[:, None] + slot[None, :]
         tl.store(words, weights, mask=real & (slot < ROW.num_topk)[None, :])
+    if ROW.checked:
+        sums = sums_of(tl.where(real & (word < ROW.num_words)[None, :], payload, 0))
+        tl.store(words_at(to + ROW.check_at, 8), sums, mask=token >= 0)
 
 
 @triton.jit
@@ -297,8 +306,15 @@ def _await(own, sums, kept, first, link, zone, call, number, ROW: tl.constexpr, 
 
 
 @triton.jit
+def _sums_of(term, ROW: tl.constexpr):
+    """The sums of rows that have been loaded, zeros behind them."""
+    WORD: tl.constexpr = tl.int32 if ROW.element == tl.float32 else tl.int16
+    return sums_of(term.to(WORD, bitcast=True))
+
+
+@triton.jit
 def _load_terms(
-    own, rows, heads, mine, first, link, zone, call, ROW: tl.constexpr, G: tl.constexpr
+    own, rows, heads, mine, first, link, zone, call, number, ROW: tl.constexpr, G: tl.constexpr
 ):
     """What each rank has for a few tokens, zeros if nothing, and the sums of their weights."""
     token = first + tl.arange(0, ROW.sums)
@@ -311,7 +327,11 @@ def _load_terms(
         at = tl.where(r == link.rank, rows.x + row * ROW.num_bytes, landed)
         there = (heads[r] >= 0)[:, None]
         words = _elements_at(at, ROW)[:, None] + lane[None, :]
-        terms = terms + (tl.load(words, mask=there & (lane < ROW.hidden)[None, :], other=0.0),)
+        term = tl.load(words, mask=there & (lane < ROW.hidden)[None, :], other=0.0)
+        if ROW.checked & (r != link.rank):
+            told = tl.load(words_at(landed + ROW.check_at, 8), mask=heads[r] >= 0, other=0)
+            check_sums(_sums_of(term, ROW), told, heads[r] >= 0, r, number, link, G)
+        terms = terms + (term,)
         if ROW.num_topk:
             own_weights = rows.topk_weights + row * (4 * ROW.num_topk)
             at = tl.where(r == link.rank, own_weights, landed + ROW.weights_at)

@@ -25,6 +25,7 @@ __all__ = [
     "Address",
     "Group",
     "Link",
+    "condemn",
     "draw_ticket",
     "enter",
     "heap_of",
@@ -52,6 +53,8 @@ Address = int
 """An address, or an offset in a heap: 64 bits. Whatever else kernels are told has 32."""
 
 FAILED = tl.constexpr(0)
+GAVE_UP = tl.constexpr(2)
+"""What stands there if another rank gave up, plus that rank; 1 if this one waited in vain."""
 REPORT = tl.constexpr(1)
 MASKED = tl.constexpr(8)
 
@@ -249,6 +252,18 @@ def _give_up(late, ranks, number, link, watch, phase, G: tl.constexpr):
         tl.store(watch + FAILED, 1)
     elif G.can_shrink:
         _mask_everywhere(_named(late, ranks, G), link, G)
+
+
+@triton.jit
+def condemn(src, number, link, phase, G: tl.constexpr):
+    """Write down that something is wrong with a rank; every later wait, of all, ends at once."""
+    peer = tl.arange(0, G.padded)
+    report = words_at(tl.load(words_at(heap_of(link, link.rank), 8) + REPORT), 8)
+    tl.store(report + src, (number.to(tl.int64) << 32) | (link.kind * 256 + phase))
+    tl.store(report + G.size, 1)
+    base = heaps_of(link, peer, peer < G.size)
+    why = peer.to(tl.int64) * 0 + GAVE_UP + link.rank
+    tl.store(words_at(base, 8) + FAILED, why, mask=peer < G.size)
 
 
 @triton.jit
