@@ -63,6 +63,7 @@ def pieces_of(plan: Plan, have: DeviceCapacity, num_ranks: int) -> list[Piece]:
         Piece("rows.heads", plan.rows.heads, 4 * tokens),
         Piece("rows.choices", plan.rows.choices, tokens * have.choice_bytes),
         Piece("rows.flags", plan.rows.flags, 4 * flags),
+        Piece("rows.numbered", plan.rows.numbered, 2 * 4 * num_ranks),
         Piece("rows.told", plan.rows.told, 8 * num_ranks * (num_ranks + 2)),
         Piece("rows.counts", plan.rows.counts, 8 * num_ranks * have.experts),
         Piece("back.landing", plan.back.landing, tokens * have.sum_bytes),

@@ -187,13 +187,11 @@ class Plan:
         told = at.take(8 * num_ranks * (num_ranks + 2))
         counts = at.take(8 * num_ranks * capacity.experts)
         flags, heads = at.take(4 * num_ranks * capacity.num_flags), at.take(4 * rows)
-        choices, landing = (
-            at.take(rows * capacity.choice_bytes),
-            at.take(rows * capacity.token_bytes),
-        )
+        numbered, choices = at.take(2 * 4 * num_ranks), at.take(rows * capacity.choice_bytes)
+        landing = at.take(rows * capacity.token_bytes)
         kept, back_flags = at.take(8 * num_ranks), at.take(4 * num_ranks * capacity.num_back_flags)
         back = BackZone(landing=at.take(rows * capacity.sum_bytes), flags=back_flags, kept=kept)
-        return RowZone(landing, heads, choices, flags, told, counts), back
+        return RowZone(landing, heads, choices, flags, numbered, told, counts), back
 
 
 class Generation:

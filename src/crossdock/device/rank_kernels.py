@@ -124,7 +124,7 @@ def back_row(
         num_bias=num_bias,
         rows=_rows_at_once(at_once // 2, padded),
         sums=_rows_at_once(4 * at_once // dtype.itemsize // (2 if num_topk else 1), columns),
-        chunk=(4 if few_senders else 1) * BACK_UNIT,
+        chunk=(2 if few_senders else 1) * BACK_UNIT,
         unit=BACK_UNIT,
         checked=checked,
     )
@@ -311,9 +311,9 @@ class Shares(NamedTuple):
 
 @functools.cache
 def shares(num_sms: int, *, senders: int = 0, back: bool = False, viewed: bool = False) -> Shares:
-    """A third of the programs keeps the link busy; more than 32 (64 on the way back) do no good.
+    """A third of the programs keeps the link busy; more than 32 do no good.
 
-    Where nothing is placed, most of them send.
+    Half of them, and up to 64, where nothing is placed, and on the way back.
 
     Args:
         num_sms: programs in all.
@@ -322,8 +322,7 @@ def shares(num_sms: int, *, senders: int = 0, back: bool = False, viewed: bool =
         viewed: nothing is placed.
     """
     if not senders:
-        most = num_sms * 3 // 4 if viewed else num_sms // (2 if back else 3)
-        senders = min(max(most, 1), 64 if back else 32)
+        senders = min(max(num_sms // 2, 1), 64) if back or viewed else min(max(num_sms // 3, 1), 32)
     return Shares(senders, max(num_sms - senders, 1))
 
 

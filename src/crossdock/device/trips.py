@@ -127,7 +127,7 @@ class Trip:
             self._sent_call(programs),
         )
         with beside:
-            plan.send.launch(programs, arguments)
+            plan.send.launch(engine.num_ranks + programs, arguments)
 
     def place(
         self,

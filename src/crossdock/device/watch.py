@@ -36,6 +36,7 @@ _PHASES = MappingProxyType(
         int(expert_sums.CREDIT.value): "send",
         int(rank_routes.COUNTS.value): "route",
         int(rank_rows.CREDIT.value): "send",
+        int(rank_rows.NUMBERED.value): "send",
         int(rank_places.ROWS.value): "land",
         int(rank_sums.KEPT.value): "route",
         int(rank_sums.CREDIT.value): "send",

@@ -85,6 +85,8 @@ def _place(
     CHUNK: tl.constexpr = ROW.chunk
     STEP: tl.constexpr = ROW.rows
     num_items = G.size * tl.cdiv(tl.max(num_sent), CHUNK)
+    words = words_at(own + zone.numbered, 4) + src
+    wait_flags(words, src < G.size, src, number, link, ROWS, G, 0)
     # What comes next is waited for and loaded before what has come is stored.
     described, rows = _await(own, sent, nth, num_items, num_sent, link, zone, call, number, ROW, G)
     for item in range(nth, num_items, call.num_programs):

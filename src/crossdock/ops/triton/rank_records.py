@@ -99,6 +99,8 @@ class RowZone(NamedTuple):
         heads: [R, M] int32, `send_head` of each token for the receiver.
         choices: [R, M, K] int32, ids that each token chose; behind them float32 weights.
         flags: [R, C] int32, the number of the round.
+        numbered: [2, R] int32, the same, from who has written its heads here; then for whom this
+            rank has numbered its rows.
         told: [R, R + 2] tagged: rows for each rank, number of tokens, fingerprint of the call.
         counts: [R, L] tagged: occurrences of each of the receiver's experts.
     """
@@ -107,6 +109,7 @@ class RowZone(NamedTuple):
     heads: Address
     choices: Address
     flags: Address
+    numbered: Address
     told: Address
     counts: Address
 

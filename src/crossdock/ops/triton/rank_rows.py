@@ -2,11 +2,11 @@
 
 A row is written once to every rank that wants it. Where to follows from (source, token) alone, so
 nobody waits for the counts of others: while rows travel, `rank_routes` learns them. A few tokens at
-a time are covered by one flag. With them goes what the receiver has to know: which of
-the rows for it each token is, and what the tokens chose, in one piece, the same for all ranks.
+a time are covered by one flag, and with them goes what they chose, the same for all ranks. Which of
+the rows for a rank each token is, that rank is told by the first programs.
 
 Where the caller takes rows as they lie (*views*), those of a source land one after another, this
-rank's own among them.
+rank's own among them, so that they have to be numbered first.
 
 T tokens here, K top-k, R ranks.
 
@@ -28,6 +28,7 @@ from crossdock.ops.triton.sync import (
     heaps_of,
     post_credit,
     raise_flags,
+    wait_flags,
     wait_for_credit,
     words_at,
 )
@@ -35,7 +36,8 @@ from crossdock.ops.triton.sync import (
 __all__ = ["rows_among", "send_ranks"]
 
 CREDIT = tl.constexpr(8)
-AT_ONCE = tl.constexpr(256)
+NUMBERED = tl.constexpr(15)
+AT_ONCE = tl.constexpr(1024)
 """Tokens that are counted together."""
 
 
@@ -50,29 +52,45 @@ def send_ranks(
     NUMBERS: tl.constexpr,
     G: tl.constexpr,
 ):
-    """Send this rank's rows, chunk by chunk; they are numbered on the way if `NUMBERS`."""
-    ticket, number = draw_ticket(link, call.num_programs)
+    """Send this rank's rows, chunk by chunk; `NUMBERS`: they have to be numbered.
+
+    They are, by a program for each rank, while rows of others are sent already. Those of views
+    cannot be sent before.
+    """
+    ticket, number = draw_ticket(link, G.size + call.num_programs)
+    own = heap_of(link, link.rank)
     if ticket == 0:
         enter(link, number, G)
         post_credit(link, CREDITED, number - 1, G)
-    wait_for_credit(heap_of(link, link.rank), CREDITED, number, link, CREDIT, G)
+    wait_for_credit(own, CREDITED, number, link, CREDIT, G)
+    if ticket < G.size:
+        _number_rows(own, sent, ticket, link, zone, call, number, NUMBERS, G)
+    else:
+        peer = tl.arange(0, G.padded)
+        if ROW.viewed:
+            known = words_at(own + zone.numbered, 4) + G.size + peer
+            wait_flags(known, peer < G.size, peer * 0 + link.rank, number, link, NUMBERED, G, 0)
+        _send(sent, ticket - G.size, link, zone, call, number, ROW, G)
+
+
+@triton.jit
+def _send(sent, nth, link, zone, call, number, ROW: tl.constexpr, G: tl.constexpr):
+    """Send every so many chunks."""
     peer = tl.arange(0, G.padded)
     heaps = heaps_of(link, peer, peer < G.size)
     CHUNK: tl.constexpr = ROW.chunk
-    # What comes next is loaded and numbered while rows are on their way.
-    before = _number_rows(sent, ticket, peer * 0, call, ROW, NUMBERS, G)
-    rows = _load_rows(sent, ticket * CHUNK, call, ROW)
-    for chunk in range(ticket, tl.cdiv(call.num_tokens, CHUNK), call.num_programs):
+    # The next rows are loaded before these are stored: loads do not overtake stores.
+    rows = _load_rows(sent, nth * CHUNK, link, call, ROW, G)
+    for chunk in range(nth, tl.cdiv(call.num_tokens, CHUNK), call.num_programs):
         following = chunk + call.num_programs
         ids, weights = _load_choices(sent, chunk, call, ROW)
         for begin in range(chunk * CHUNK, chunk * CHUNK + CHUNK, ROW.rows):
             then = begin + ROW.rows
             then = tl.where(then % CHUNK == 0, following * CHUNK, then)
-            ahead = _load_rows(sent, then, call, ROW)
-            _store_rows(sent, rows, begin, link, zone, call, ROW, G)
+            ahead = _load_rows(sent, then, link, call, ROW, G)
+            _store_rows(rows, begin, link, zone, call, ROW, G)
             rows = ahead
-        before = _number_rows(sent, following, before, call, ROW, NUMBERS, G)
-        _describe_rows(sent, chunk, ids, weights, link, zone, call, ROW, G)
+        _send_choices(ids, weights, chunk, link, zone, call, ROW, G)
         UNITS: tl.constexpr = CHUNK // ROW.unit
         unit = chunk * UNITS + tl.arange(0, UNITS)
         words = words_at(heaps + zone.flags, 4)[:, None] + unit[None, :]
@@ -99,33 +117,46 @@ def rows_among(is_token_in_rank, begin, end, G: tl.constexpr):
 
 
 @triton.jit
-def _number_rows(
-    sent, chunk, before, call, ROW: tl.constexpr, NUMBERS: tl.constexpr, G: tl.constexpr
-):
-    """Write `send_head` of a chunk's tokens; `before` are the rows up to this program's last chunk.
-
-    Returns the rows for each rank up to the end of this one.
-    """
-    if NUMBERS:
-        peer = tl.arange(0, G.padded)
-        behind = tl.maximum(chunk + 1 - call.num_programs, 0) * ROW.chunk
-        begin = tl.minimum(chunk * ROW.chunk, call.num_tokens)
-        before += rows_among(sent.is_token_in_rank, behind, begin, G)
-        token = begin + tl.arange(0, ROW.chunk)
-        there = (token < call.num_tokens)[:, None] & (peer < G.size)[None, :]
-        word = token[:, None] * G.size + peer[None, :]
-        goes = tl.load(words_at(sent.is_token_in_rank, 1) + word, mask=there, other=0) != 0
-        count = tl.cumsum(goes.to(tl.int32), 0)
-        heads = tl.where(goes, before[None, :] + count - 1, -1)
-        tl.store(words_at(sent.send_head, 4) + word, heads, mask=there)
-        before += tl.max(count, 0)
-        tl.debug_barrier()
-    return before
+def _number_rows(own, sent, dst, link, zone, call, number, NUMBERS: tl.constexpr, G: tl.constexpr):
+    """Tell a rank which of the rows for it each token is, and this one that it is known."""
+    base = heap_of(link, dst)
+    theirs = words_at(base + zone.heads, 4) + tl.cast(link.rank * call.num_slots, tl.int64)
+    total = dst * 0
+    for begin in range(0, call.num_tokens, AT_ONCE):
+        token = begin + tl.arange(0, AT_ONCE)
+        real = token < call.num_tokens
+        heads = words_at(sent.send_head, 4) + token * G.size + dst
+        if NUMBERS:
+            goes = _goes(sent, token, dst, call, G)
+            count = tl.cumsum(goes.to(tl.int32), 0)
+            head = tl.where(goes, total + count - 1, -1)
+            tl.store(heads, head, mask=real)
+            total += tl.max(count)
+        else:
+            head = tl.load(heads, mask=real, other=-1)
+        tl.store(theirs + token, head, mask=real)
+    place = tl.arange(0, 2)
+    words = tl.where(place == 0, base + 4 * link.rank, own + 4 * (G.size + dst)) + zone.numbered
+    raise_flags(words_at(words, 4), place >= 0, place * 0 + number)
 
 
 @triton.jit
-def _load_rows(sent, begin, call, ROW: tl.constexpr):
-    """Payload and scales of a few tokens."""
+def _goes(sent, token, dst, call, G: tl.constexpr):
+    """Which tokens go to a rank."""
+    words = words_at(sent.is_token_in_rank, 1) + token * G.size + dst
+    return tl.load(words, mask=token < call.num_tokens, other=0) != 0
+
+
+@triton.jit
+def _dst_of(step, begin, link, ROW: tl.constexpr, G: tl.constexpr):
+    """Neither all ranks nor all programs of one write to the same rank at a time."""
+    NUM_DST: tl.constexpr = G.size if ROW.viewed else G.size - 1
+    return (link.rank + 1 + (begin // ROW.chunk + step) % NUM_DST) % G.size
+
+
+@triton.jit
+def _load_rows(sent, begin, link, call, ROW: tl.constexpr, G: tl.constexpr):
+    """A few rows, their scales, and in which slot of each rank in turn they land, -1 for none."""
     token = begin + tl.arange(0, ROW.rows)
     word, scale = tl.arange(0, ROW.padded_words), tl.arange(0, ROW.padded_scales)
     real = token < call.num_tokens
@@ -139,7 +170,39 @@ def _load_rows(sent, begin, call, ROW: tl.constexpr):
         scales = tl.load(
             at[:, None] + scale[None, :], mask=real[:, None] & (scale < ROW.scale_words)[None, :]
         )
-    return payload, scales
+    slots = ()
+    NUM_DST: tl.constexpr = G.size if ROW.viewed else G.size - 1
+    for step in tl.static_range(NUM_DST):
+        dst = _dst_of(step, begin, link, ROW, G)
+        if ROW.viewed:
+            words = words_at(sent.send_head, 4) + token * G.size + dst
+            slots = slots + (tl.load(words, mask=real, other=-1),)
+        else:
+            slots = slots + (tl.where(_goes(sent, token, dst, call, G), token, -1),)
+    return payload, scales, slots
+
+
+@triton.jit
+def _store_rows(rows, begin, link, zone, call, ROW: tl.constexpr, G: tl.constexpr):
+    """Write a few rows to the ranks that want them."""
+    payload, scales, slots = rows
+    word, scale = tl.arange(0, ROW.padded_words), tl.arange(0, ROW.padded_scales)
+    NUM_DST: tl.constexpr = G.size if ROW.viewed else G.size - 1
+    heaps = ()
+    for step in tl.static_range(NUM_DST):
+        heaps = heaps + (heap_of(link, _dst_of(step, begin, link, ROW, G)),)
+    for step in tl.static_range(NUM_DST):
+        goes = (slots[step] >= 0)[:, None]
+        to = (link.rank * call.num_slots + slots[step]).to(tl.int64) * ROW.stride
+        to += heaps[step] + zone.landing
+        words = words_at(to, ROW.word)[:, None] + word[None, :]
+        tl.store(words, payload, mask=goes & (word < ROW.num_words)[None, :])
+        if ROW.scale_words:
+            words = words_at(to + ROW.scales_at, 4)[:, None] + scale[None, :]
+            tl.store(words, scales, mask=goes & (scale < ROW.scale_words)[None, :])
+        if ROW.checked:
+            sums = sums_of(tl.where(goes & (word < ROW.num_words)[None, :], payload, 0))
+            tl.store(words_at(to + ROW.check_at, 8), sums, mask=slots[step] >= 0)
 
 
 @triton.jit
@@ -157,56 +220,18 @@ def _load_choices(sent, chunk, call, ROW: tl.constexpr):
 
 
 @triton.jit
-def _store_rows(sent, rows, begin, link, zone, call, ROW: tl.constexpr, G: tl.constexpr):
-    """Write a few rows to the ranks that want them.
-
-    Who these are is loaded before anything is stored, for loads do not overtake stores.
-    """
-    payload, scales = rows
-    token = begin + tl.arange(0, ROW.rows)
-    word, scale = tl.arange(0, ROW.padded_words), tl.arange(0, ROW.padded_scales)
-    SIZE: tl.constexpr = G.size
-    NUM_DST: tl.constexpr = G.size if ROW.viewed else G.size - 1
-    heads, heaps = (), ()
-    for step in tl.static_range(NUM_DST):
-        # Neither all ranks nor all programs of one write to the same rank at a time.
-        dst = (link.rank + 1 + (begin // ROW.chunk + step) % NUM_DST) % SIZE
-        words = words_at(sent.send_head, 4) + token * SIZE + dst
-        heads = heads + (tl.load(words, mask=token < call.num_tokens, other=-1),)
-        heaps = heaps + (heap_of(link, dst),)
-    for step in tl.static_range(NUM_DST):
-        goes = (heads[step] >= 0)[:, None]
-        lands = heads[step] if ROW.viewed else token
-        to = (link.rank * call.num_slots + lands).to(tl.int64) * ROW.stride
-        to += heaps[step] + zone.landing
-        words = words_at(to, ROW.word)[:, None] + word[None, :]
-        tl.store(words, payload, mask=goes & (word < ROW.num_words)[None, :])
-        if ROW.scale_words:
-            words = words_at(to + ROW.scales_at, 4)[:, None] + scale[None, :]
-            tl.store(words, scales, mask=goes & (scale < ROW.scale_words)[None, :])
-        if ROW.checked:
-            sums = sums_of(tl.where(goes & (word < ROW.num_words)[None, :], payload, 0))
-            tl.store(words_at(to + ROW.check_at, 8), sums, mask=heads[step] >= 0)
-
-
-@triton.jit
-def _describe_rows(sent, chunk, ids, weights, link, zone, call, ROW: tl.constexpr, G: tl.constexpr):
-    """Tell all ranks, this one too, which rows a chunk's tokens are there, and what they chose."""
-    token = chunk * ROW.chunk + tl.arange(0, ROW.chunk)
+def _send_choices(ids, weights, chunk, link, zone, call, ROW: tl.constexpr, G: tl.constexpr):
+    """Tell all ranks, this one too, what a chunk's tokens chose."""
     nth = tl.arange(0, ROW.chunk * ROW.padded_topk)
     choice = chunk * (ROW.chunk * ROW.num_topk) + nth
     chosen = (nth < ROW.chunk * ROW.num_topk) & (choice < call.num_tokens * ROW.num_topk)
+    choice += tl.cast(link.rank * call.num_slots, tl.int64) * ROW.num_topk
     SIZE: tl.constexpr = G.size
-    heads, heaps = (), ()
+    heaps = ()
     for dst in tl.static_range(SIZE):
-        words = words_at(sent.send_head, 4) + token * SIZE + dst
-        heads = heads + (tl.load(words, mask=token < call.num_tokens, other=-1),)
         heaps = heaps + (heap_of(link, dst),)
-    first = tl.cast(link.rank * call.num_slots, tl.int64)
     for dst in tl.static_range(SIZE):
-        words = words_at(heaps[dst] + zone.heads, 4) + first + token
-        tl.store(words, heads[dst], mask=token < call.num_tokens)
-        words = words_at(heaps[dst] + zone.choices, 4) + first * ROW.num_topk + choice
+        words = words_at(heaps[dst] + zone.choices, 4) + choice
         if ROW.num_topk:
             tl.store(words, ids, mask=chosen)
         if ROW.has_weights:
