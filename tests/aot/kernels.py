@@ -170,8 +170,8 @@ def make_dispatch_experts(shape: Shape, capability: int) -> tuple[Kernel, Tile]:
     plan = expert_kernels.plan_dispatch(kind, group_of(shape), back_bytes=0, use_casts=use_casts)
     row = expert_kernels.expert_row(kind, use_casts=use_casts)
     is_wide = row.word == 16
-    encoded = row.blocks * row.block if row.rule and is_wide else 0
-    return plan.kernel, Tile(8 * row.padded_words * is_wide, encoded)
+    encoded = row.hidden if row.rule and is_wide else 0
+    return plan.kernel, Tile(row.num_bytes * is_wide, encoded)
 
 
 def make_combine_experts(shape: Shape, capability: int) -> tuple[Kernel, Tile]:
@@ -193,7 +193,7 @@ def make_combine_experts(shape: Shape, capability: int) -> tuple[Kernel, Tile]:
     return plan.kernel, Tile(elements=2 * partial.padded * is_wide)
 
 
-def row_of(shape: Shape) -> rank_rows.RankRow:
+def row_of(shape: Shape) -> rank_records.RankRow:
     return rank_kernels.rank_row(
         FORMATS[shape.form].row(shape.hidden),
         num_topk=shape.num_topk,

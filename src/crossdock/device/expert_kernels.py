@@ -29,7 +29,7 @@ __all__ = [
     "plan_dispatch",
 ]
 
-_DISPATCH_WARPS = 8
+_DISPATCH_WARPS = 4
 _COMBINE_WARPS = 4
 _LOG_WARPS = 8
 _TELLERS = 4
@@ -176,8 +176,6 @@ def _combine_kernel(partial: expert_sums.Partial, group: Group) -> Kernel:
 def expert_row(shape: DispatchShape, *, use_casts: bool) -> expert_records.ExpertRow:
     """How rows of dispatches of a kind are made of bytes."""
     form, row = shape.form, shape.form.row(shape.hidden)
-    columns = form.block or shape.hidden
-    num_blocks = -(-shape.hidden // columns)
     word = widest_word(row.payload_bytes)
     num_words = row.payload_bytes // min(word, 8)
     scales_at = align(row.payload_bytes, 16)
@@ -189,19 +187,23 @@ def expert_row(shape: DispatchShape, *, use_casts: bool) -> expert_records.Exper
         element=ELEMENT_CODES[form.element],
         min_amax=form.min_amax,
         use_casts=use_casts,
-        blocks=next_power_of_two(num_blocks),
-        block=next_power_of_two(columns),
+        block=form.block,
         hidden=shape.hidden,
+        columns=_piece(shape.hidden, num_warps=_DISPATCH_WARPS, per_thread=8),
         num_bytes=row.payload_bytes,
         word=word,
         num_words=num_words,
-        padded_words=next_power_of_two(num_words),
+        words=_piece(num_words, num_warps=_DISPATCH_WARPS, per_thread=16 // min(word, 8)),
         num_scales=num_scales,
         padded_scales=next_power_of_two(max(num_scales, 1)),
         scales_at=scales_at,
         choices_at=choices_at,
         stride=align(choices_at + choices, 16),
     )
+
+
+def _piece(width: int, *, num_warps: int, per_thread: int) -> int:
+    return min(next_power_of_two(width), 32 * num_warps * per_thread)
 
 
 def _experts_of(shape: DispatchShape, group: Group) -> expert_records.Experts:
@@ -212,7 +214,7 @@ def _experts_of(shape: DispatchShape, group: Group) -> expert_records.Experts:
         padded_topk=padded,
         local=local,
         padded_local=next_power_of_two(local),
-        bins=next_power_of_two(shape.num_experts + 1),
+        bins=next_power_of_two(max(shape.num_experts, 2)),
         tokens=max(min(_MAX_TILE // padded**2, 128), 1),
         has_weights=shape.has_weights,
         compact=shape.compact,

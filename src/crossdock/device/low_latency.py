@@ -313,14 +313,15 @@ def _address(tensor: torch.Tensor | None) -> int:
 
 
 def _dispatch_call(num_tokens: int, num_slots: int, engine: Engine) -> expert_records.Call:
-    """A program for each token to send, and one for each row to place: they wait side by side."""
+    """A program for each token to send, and one for each row to place, as long as there is room."""
     most = engine.num_programs
-    senders = max(min(num_tokens, most), 1)
+    senders = max(min(num_tokens, 2 * most), 1)
     placers = max(min(num_tokens * engine.num_ranks, 4 * most), 1)
     return expert_records.Call(num_tokens, num_slots, senders, placers)
 
 
 def _combine_call(num_tokens: int, num_slots: int, engine: Engine) -> expert_sums.ReturnCall:
     most = engine.num_programs
-    senders = max(min(num_tokens * engine.num_ranks, 4 * most), 1)
-    return expert_sums.ReturnCall(num_tokens, num_slots, senders, max(min(num_tokens, most), 1))
+    senders = max(min(num_tokens * engine.num_ranks, 16 * most), 1)
+    reducers = max(min(num_tokens, 2 * most), 1)
+    return expert_sums.ReturnCall(num_tokens, num_slots, senders, reducers)

@@ -38,12 +38,24 @@ def is_repeated(ids, E: tl.constexpr):
 
 @triton.jit
 def count_choices(topk_idx, num_tokens, E: tl.constexpr):
-    """How many tokens choose each expert: [bins] int32; the last bin holds what is not counted."""
+    """How many tokens choose each expert: [bins] int32.
+
+    All choices are on their way at once, but counted in parts, which takes fewer registers.
+    """
     total = tl.zeros([E.bins], tl.int32)
+    PART: tl.constexpr = max(E.tokens // 4, 1)
+    NUM: tl.constexpr = E.tokens // PART
     for begin in range(0, num_tokens, E.tokens):
-        ids = load_choices(topk_idx, begin + tl.arange(0, E.tokens), num_tokens, E)
-        counted = tl.where((ids >= 0) & (is_repeated(ids, E) == 0), ids, E.bins - 1)
-        total += tl.histogram(tl.reshape(counted, [E.tokens * E.padded_topk]), E.bins)
+        parts = ()
+        for nth in tl.static_range(NUM):
+            tokens = begin + nth * PART + tl.arange(0, PART)
+            parts += (load_choices(topk_idx, tokens, num_tokens, E),)
+        for nth in range(NUM):
+            ids = parts[0]
+            for other in tl.static_range(1, NUM):
+                ids = tl.where(nth == other, parts[other], ids)
+            counts = (ids >= 0) & (is_repeated(ids, E) == 0)
+            total += tl.histogram(tl.ravel(ids), E.bins, mask=tl.ravel(counts))
     return total
 
 
@@ -60,10 +72,11 @@ def count_earlier(topk_idx, token, E: tl.constexpr):
         theirs = load_choices(topk_idx, begin + tl.arange(0, E.tokens), token, E)
         K: tl.constexpr = E.num_topk
         for group in tl.static_range(0, K, 8):
-            bytes_ = tl.zeros([E.tokens], tl.int64)
+            same = tl.zeros([E.tokens, E.padded_topk], tl.int64)
             for k in tl.static_range(group, min(group + 8, K)):
-                same = (theirs == tl.load(mine + k).to(tl.int32)) & (theirs >= 0)
-                bytes_ += tl.max(same.to(tl.int64), 1) << (8 * (k - group))
-            found = tl.sum(bytes_, 0) >> (8 * (slot % 8)).to(tl.int64)
+                is_same = (theirs == tl.load(mine + k).to(tl.int32)) & (theirs >= 0)
+                same = same | (is_same.to(tl.int64) << (8 * (k - group)))
+            once = ((tl.sum(same, 1) + 0x7F7F7F7F7F7F7F7F) >> 7) & 0x0101010101010101
+            found = tl.sum(once, 0) >> (8 * (slot % 8)).to(tl.int64)
             total += tl.where(slot // 8 == group // 8, found & 0xFF, 0).to(tl.int32)
     return total

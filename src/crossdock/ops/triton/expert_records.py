@@ -19,11 +19,12 @@ class ExpertRow(NamedTuple):
     Attributes:
         rule, element, min_amax, use_casts: see `quantize.encode_row`; without a rule the bytes of
             x are moved as they are.
-        blocks, block: number of scaled blocks, padded to a power of two, and columns of one.
+        block: columns that have a scale; 0 if the whole row has one.
         hidden: H.
+        columns: columns of a piece, as it is encoded.
         num_bytes: of the payload.
         word: 16 where payloads are multiples of that, else the widest word they are made of.
-        num_words, padded_words: words of a payload (16 means two of 8 bytes), and padded.
+        num_words, words: words of a payload (16 means two of 8 bytes), and of a piece.
         num_scales, padded_scales: 32-bit words of scales.
         scales_at, choices_at: where scales begin, and the words `(n-th of its expert, expert)`,
             behind which the weights are.
@@ -34,13 +35,13 @@ class ExpertRow(NamedTuple):
     element: int
     min_amax: float
     use_casts: bool
-    blocks: int
     block: int
     hidden: int
+    columns: int
     num_bytes: int
     word: int
     num_words: int
-    padded_words: int
+    words: int
     num_scales: int
     padded_scales: int
     scales_at: int
@@ -54,7 +55,7 @@ class Experts(NamedTuple):
     Attributes:
         num_topk, padded_topk: K.
         local, padded_local: L.
-        bins: power of two above E.
+        bins: E, padded to a power of two.
         tokens: tokens that are counted together, a power of two.
         has_weights: whether weights travel with the rows.
         compact: whether the experts' rows lie back to back.

@@ -22,7 +22,8 @@ import triton
 import triton.language as tl
 
 from crossdock.ops.triton.choices import count_choices, count_earlier
-from crossdock.ops.triton.quantize import UE8M0, encode_row
+from crossdock.ops.triton.pieces import load_pieces, num_pieces, store_piece
+from crossdock.ops.triton.quantize import UE8M0, encode_part, largest
 from crossdock.ops.triton.sync import (
     draw_ticket,
     enter,
@@ -147,16 +148,20 @@ def _send(
     row, scales = _load_row(tokens, token, ROW)
     begin = zone.landing + tl.cast(link.rank * call.num_slots + token, tl.int64) * ROW.stride
     SIZE: tl.constexpr = G.size
+    wanted, places = (), ()
     for step in tl.static_range(SIZE):
         dst = (link.rank + 1 + step) % SIZE
-        if tl.max((owner == dst).to(tl.int32)) > 0:
-            _store_row(heap_of(link, dst) + begin, row, scales, ROW)
+        wanted += (tl.max((owner == dst).to(tl.int32)) > 0,)
+        places += (heap_of(link, dst) + begin,)
+    if ROW.rule == "":
+        _send_words(row, scales, wanted, places, ROW, G)
+    else:
+        _send_encoded(row, wanted, places, ROW, G)
     # Counted while the rows are on the link.
     choices = tagged(count_earlier(tokens.topk_idx, token, E), ids & 0x7FFFFFFF)
     for step in tl.static_range(SIZE):
-        dst = (link.rank + 1 + step) % SIZE
-        if tl.max((owner == dst).to(tl.int32)) > 0:
-            at = heap_of(link, dst) + begin + ROW.choices_at
+        if wanted[step]:
+            at = places[step] + ROW.choices_at
             tl.store(words_at(at, 8) + slot, choices, mask=slot < E.num_topk)
             if E.has_weights:
                 mine = words_at(tokens.topk_weights, 4) + token * E.num_topk + slot
@@ -172,47 +177,83 @@ def _send(
 
 @triton.jit
 def _load_row(tokens, token, ROW: tl.constexpr):
-    """Payload and scales of a token, encoded if the format asks for it."""
-    if ROW.rule != "":
-        column = tl.arange(0, ROW.blocks)[:, None] * ROW.block + tl.arange(0, ROW.block)[None, :]
-        begin = tokens.x + tl.cast(token, tl.int64) * (2 * ROW.hidden)
-        if ROW.hidden % 8 == 0:
-            bits = tl.load(row_at(begin, tl.int16) + column, mask=column < ROW.hidden, other=0)
-        else:
-            bits = tl.load(words_at(begin, 2) + column, mask=column < ROW.hidden, other=0)
-        values = bits.to(tl.bfloat16, bitcast=True).to(tl.float32)
-        return encode_row(values, ROW.rule, ROW.element, ROW.min_amax, ROW.use_casts)
-    else:
-        word = tl.arange(0, ROW.padded_words)
-        scale = tl.arange(0, ROW.padded_scales)
+    """The pieces of a token as it lies there, columns if it is to be encoded, and its scales."""
+    scales = tl.zeros([ROW.padded_scales], tl.int32)
+    if ROW.rule == "":
         begin = words_at(tokens.x + tl.cast(token, tl.int64) * ROW.num_bytes, ROW.word)
-        row = tl.load(begin + word, mask=word < ROW.num_words)
-        scales = tl.zeros([ROW.padded_scales], tl.int32)
+        row = load_pieces(begin, ROW.num_words, ROW.words)
         if ROW.num_scales:
+            scale = tl.arange(0, ROW.padded_scales)
             begin = words_at(tokens.scales + tl.cast(token, tl.int64) * (4 * ROW.num_scales), 4)
             scales = tl.load(begin + scale, mask=scale < ROW.num_scales)
-        return row, scales
+    else:
+        begin = tokens.x + tl.cast(token, tl.int64) * (2 * ROW.hidden)
+        if ROW.hidden % 8 == 0:
+            row = load_pieces(row_at(begin, tl.int16), ROW.hidden, ROW.columns)
+        else:
+            row = load_pieces(words_at(begin, 2), ROW.hidden, ROW.columns)
+    return row, scales
 
 
 @triton.jit
-def _store_row(at, row, scales, ROW: tl.constexpr):
-    if ROW.rule != "":
-        column = tl.arange(0, ROW.blocks)[:, None] * ROW.block + tl.arange(0, ROW.block)[None, :]
-        tl.store(row_at(at, tl.uint8) + column, row, mask=column < ROW.hidden)
-        block = tl.arange(0, ROW.blocks)
-        if ROW.rule == UE8M0:
-            words = words_at(at + ROW.scales_at, 1) + block
-            tl.store(words, scales.to(tl.uint8), mask=block < 4 * ROW.num_scales)
-        else:
-            words = words_at(at + ROW.scales_at, 4) + block
-            tl.store(words, scales.to(tl.int32, bitcast=True), mask=block < ROW.num_scales)
+def _send_words(row, scales, wanted, places, ROW: tl.constexpr, G: tl.constexpr):
+    """Write a row that is moved as it is to the places where it is wanted."""
+    NUM: tl.constexpr = num_pieces(ROW.num_words, ROW.words)
+    SIZE: tl.constexpr = G.size
+    for step in tl.static_range(SIZE):
+        if wanted[step]:
+            for nth in tl.static_range(NUM):
+                words = words_at(places[step], ROW.word)
+                store_piece(words, nth, row[nth], True, ROW.num_words, ROW.words)
+            if ROW.num_scales:
+                scale = tl.arange(0, ROW.padded_scales)
+                words = words_at(places[step] + ROW.scales_at, 4) + scale
+                tl.store(words, scales, mask=scale < ROW.num_scales)
+
+
+@triton.jit
+def _send_encoded(row, wanted, places, ROW: tl.constexpr, G: tl.constexpr):
+    """Encode a row, and write it to the places where it is wanted: each piece before the next."""
+    NUM: tl.constexpr = num_pieces(ROW.hidden, ROW.columns)
+    SIZE: tl.constexpr = G.size
+    if ROW.block == 0:
+        size = tl.zeros([1], tl.int32)
+        for nth in tl.static_range(NUM):
+            size = tl.maximum(size, largest(_values_of(row[nth], ROW)))
+    for nth in tl.static_range(NUM):
+        values = _values_of(row[nth], ROW)
+        if ROW.block:
+            size = largest(values)
+        codes, scales = encode_part(
+            values, size, ROW.rule, ROW.element, ROW.min_amax, ROW.use_casts
+        )
+        codes = tl.reshape(codes, [codes.numel])
+        for step in tl.static_range(SIZE):
+            to = row_at(places[step], tl.uint8)
+            store_piece(to, nth, codes, wanted[step], ROW.hidden, ROW.columns)
+            if ROW.block or nth == 0:
+                _send_scales(places[step], nth, scales, wanted[step], ROW)
+
+
+@triton.jit
+def _values_of(piece, ROW: tl.constexpr):
+    """The columns of a piece as float32, a scaled block to a row of the tile."""
+    values = piece.to(tl.bfloat16, bitcast=True).to(tl.float32)
+    BLOCK: tl.constexpr = ROW.block or piece.numel
+    return tl.reshape(values, [piece.numel // BLOCK, BLOCK])
+
+
+@triton.jit
+def _send_scales(place, nth: tl.constexpr, scales, wanted, ROW: tl.constexpr):
+    """Write the scales of a piece, of which there are as many to each piece but the last."""
+    PER_PIECE: tl.constexpr = ROW.columns // ROW.block if ROW.block else 1
+    if ROW.rule == UE8M0:
+        to, scales = words_at(place + ROW.scales_at, 1), scales.to(tl.uint8)
+        NUM: tl.constexpr = 4 * ROW.num_scales
     else:
-        word = tl.arange(0, ROW.padded_words)
-        tl.store(words_at(at, ROW.word) + word, row, mask=word < ROW.num_words)
-        if ROW.num_scales:
-            scale = tl.arange(0, ROW.padded_scales)
-            words = words_at(at + ROW.scales_at, 4) + scale
-            tl.store(words, scales.to(tl.int32, bitcast=True), mask=scale < ROW.num_scales)
+        to, scales = words_at(place + ROW.scales_at, 4), scales.to(tl.int32, bitcast=True)
+        NUM: tl.constexpr = ROW.num_scales
+    store_piece(to, nth, scales, wanted, NUM, PER_PIECE)
 
 
 @triton.jit
@@ -343,30 +384,27 @@ def _begin_of(
     own, local, is_here, src, there, link, zone, call, number, E: tl.constexpr, G: tl.constexpr
 ):
     """The first row that each of these experts has of a rank: [K] int32."""
-    lower = tl.arange(0, G.padded)
-    words = words_at(own + zone.counts, 8) + lower[:, None] * E.local + local[None, :]
-    counts = (lower < G.size) & (((there >> lower) & 1) != 0)
-    wanted = (counts & (lower < src))[:, None] & is_here[None, :]
-    ranks = lower[:, None] + local[None, :] * 0
-    before = tl.sum(_counted(words, wanted, ranks, number, link, G), 0)
+    rank = tl.arange(0, G.padded)[:, None]
+    counts = (rank < G.size) & (((there >> rank) & 1) != 0)
+    words = words_at(own + zone.counts, 8) + rank * E.local
     if E.compact:
-        expert = tl.arange(0, E.padded_local)
-        words = words_at(own + zone.counts, 8) + lower[:, None] * E.local + expert[None, :]
-        wanted = counts[:, None] & (expert < E.local)[None, :]
-        ranks = lower[:, None] + expert[None, :] * 0
-        total = tl.sum(_counted(words, wanted, ranks, number, link, G), 0)
-        below = expert[None, :] < local[:, None]
-        return before + tl.sum(tl.where(below, total[None, :], 0), 1)
+        expert = tl.arange(0, E.padded_local)[None, :]
+        wanted, ranks = counts & (expert < E.local), rank + expert * 0
+        found = _counted(words + expert, wanted, ranks, number, link, G)
+        total, lower = tl.sum(found, 0), tl.sum(tl.where(rank < src, found, 0), 0)
+        same = tl.where(expert == local[:, None], lower[None, :], 0)
+        return tl.sum(tl.where(expert < local[:, None], total[None, :], same), 1)
     else:
-        return before + local * (G.size * call.num_slots)
+        wanted, ranks = counts & (rank < src) & is_here[None, :], rank + local[None, :] * 0
+        found = _counted(words + local[None, :], wanted, ranks, number, link, G)
+        return tl.sum(found, 0) + local * (G.size * call.num_slots)
 
 
 @triton.jit
 def _load_landed(at, ROW: tl.constexpr):
     """Payload and scales of a row that has landed."""
-    word = tl.arange(0, ROW.padded_words)
     scale = tl.arange(0, ROW.padded_scales)
-    payload = tl.load(words_at(at, ROW.word) + word, mask=word < ROW.num_words)
+    payload = load_pieces(words_at(at, ROW.word), ROW.num_words, ROW.words)
     scales = tl.zeros([ROW.padded_scales], tl.int32)
     if ROW.num_scales:
         words = words_at(at + ROW.scales_at, 4) + scale
@@ -380,14 +418,15 @@ def _store_placed(
 ):
     """Write a row to the rows of the slabs that are not -1, to each once."""
     slot = tl.arange(0, E.padded_topk)
-    word = tl.arange(0, ROW.padded_words)
     scale = tl.arange(0, ROW.padded_scales)
+    NUM: tl.constexpr = num_pieces(ROW.num_words, ROW.words)
     K: tl.constexpr = E.num_topk
     for k in tl.static_range(K):
         row = tl.sum(tl.where(slot == k, rows, 0))
         if (row >= 0) & (tl.max(((rows == row) & (slot < k)).to(tl.int32)) == 0):
-            to = slabs.payload + row.to(tl.int64) * ROW.num_bytes
-            tl.store(words_at(to, ROW.word) + word, payload, mask=word < ROW.num_words)
+            to = words_at(slabs.payload + row.to(tl.int64) * ROW.num_bytes, ROW.word)
+            for nth in tl.static_range(NUM):
+                store_piece(to, nth, payload[nth], True, ROW.num_words, ROW.words)
             if ROW.num_scales:
                 slab_rows = G.size * call.num_slots
                 begin = row.to(tl.int64) * slabs.scale_row

@@ -29,7 +29,9 @@ __all__ = [
     "UE8M0",
     "decode_log",
     "encode_log",
+    "encode_part",
     "encode_row",
+    "largest",
     "load_log",
     "load_ranges",
     "pack_exponents",
@@ -100,7 +102,25 @@ def encode_row(
     Example (RULE=QUOTIENT, ELEMENT=E4M3, MIN_AMAX=0.5): values=[[448, -1, 0, 2], [0, 0, 0, 224]]
         -> codes=[[126, 184, 0, 64], [0, 0, 0, 126]], scales=[1.0, 0.5]
     """
-    size = tl.max(values.to(tl.int32, bitcast=True) & MAGNITUDE, 1)
+    return encode_part(values, largest(values), RULE, ELEMENT, MIN_AMAX, USE_CASTS)
+
+
+@triton.jit
+def largest(values):
+    """The largest magnitude of each block, as bits, by which they are ordered: [B] int32."""
+    return tl.max(values.to(tl.int32, bitcast=True) & MAGNITUDE, 1)
+
+
+@triton.jit
+def encode_part(
+    values,
+    size,
+    RULE: tl.constexpr,
+    ELEMENT: tl.constexpr,
+    MIN_AMAX: tl.constexpr,
+    USE_CASTS: tl.constexpr,
+):
+    """The same for some columns of blocks, where `size` is what is `largest` in all of them."""
     size = tl.maximum(size, tl.full([], MIN_AMAX, tl.float32).to(tl.int32, bitcast=True))
     scales, factor = _scale_and_factor(size, RULE, _limit_of(ELEMENT))
     factor = tl.where(size < INFINITY, factor, float("nan"))
