@@ -108,15 +108,17 @@ class Shape(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """The bytes, padded to a power of two, that a program moves at a time; 0 for none.
+    """The bytes that a program moves at a time; 0 for none.
 
     Attributes:
         words: of rows that are moved as they are, where they are made of 16-byte words.
         elements: of rows that are computed with, where they are made of such words.
+        encoded: of rows that are read so, and written with half as many bytes.
     """
 
     words: int = 0
     elements: int = 0
+    encoded: int = 0
 
 
 class Compiled(NamedTuple):
@@ -170,8 +172,8 @@ def make_dispatch_experts(shape: Shape, capability: int) -> tuple[Kernel, Tile]:
     plan = expert_kernels.plan_dispatch(kind, group_of(shape), back_bytes=0, use_casts=use_casts)
     row = expert_kernels.expert_row(kind, use_casts=use_casts)
     is_wide = row.word == 16
-    encoded = row.hidden if row.rule and is_wide else 0
-    return plan.kernel, Tile(row.num_bytes * is_wide, encoded)
+    encoded = 2 * row.hidden if row.rule and is_wide else 0
+    return plan.kernel, Tile(row.num_bytes * is_wide, encoded=encoded)
 
 
 def make_combine_experts(shape: Shape, capability: int) -> tuple[Kernel, Tile]:
