@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext, suppress
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -189,8 +190,36 @@ def test_programs_are_shared_between_two_kinds_of_work(num_sms: int, back: bool)
 
 
 def test_without_streams_there_is_one_line_of_work() -> None:
-    order = []
-    with Fork(None) as fork:
-        order.append("beside")
-    fork.join()
-    assert order == ["beside"]
+    with Fork(None) as fork, fork.line() as line:
+        assert line is None
+
+
+class Stream:
+    """Remembers whom it waited for."""
+
+    def __init__(self) -> None:
+        self.awaited: list[Stream] = []
+
+    def wait_stream(self, other: Stream) -> None:
+        self.awaited.append(other)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_caller_waits_for_the_second_line_whatever_happens(
+    monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    caller, stream = Stream(), Stream()
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: caller)
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    with suppress(ValueError), Fork(stream) as fork:  # type: ignore[arg-type]
+        with fork.line():
+            assert stream.awaited == [caller]
+        assert not caller.awaited
+        if fails:
+            raise ValueError
+    assert caller.awaited == [stream]
+
+
+def test_nobody_is_waited_for_where_nothing_was_launched() -> None:
+    with Fork(Stream()):  # type: ignore[arg-type]
+        pass

@@ -92,19 +92,18 @@ class DeviceExchange:
             elif not trip.has_room:
                 attempt.entered = False  # the others cannot know
                 raise trip.too_many()
-            beside = engine.fork()
-            if trip.has_room:
-                trip.send(beside)
-            told = trip.route(routing.num_tokens_per_expert, alignment=alignment, is_read=looks)
-            num_rows, per_expert = num_worst_tokens, list[int]()
-            if looks:
-                words = engine.wait_for_host(told)
-                self._see_to_room(trip, words, beside=beside)
-                num_rows = num_worst_tokens or words[2]
-                per_expert = [] if pads else words[3 + self._num_ranks :]
-            rows, (idx, weights) = _empty_rows(x, num_rows), _empty_choices(routing, num_rows)
-            src_idx = trip.place(rows, (num_rows,), idx=idx, weights=weights)
-            beside.join()
+            with engine.fork() as beside:
+                if trip.has_room:
+                    trip.send(beside)
+                told = trip.route(routing.num_tokens_per_expert, alignment=alignment, is_read=looks)
+                num_rows, per_expert = num_worst_tokens, list[int]()
+                if looks:
+                    words = engine.wait_for_host(told)
+                    self._see_to_room(trip, words, beside=beside)
+                    num_rows = num_worst_tokens or words[2]
+                    per_expert = [] if pads else words[3 + self._num_ranks :]
+                rows, (idx, weights) = _empty_rows(x, num_rows), _empty_choices(routing, num_rows)
+                src_idx = trip.place(rows, (num_rows,), idx=idx, weights=weights)
             return Dispatched(join(rows, x), idx, weights, per_expert, trip.handle(src_idx))
 
     def dispatch_again(
@@ -129,11 +128,10 @@ class DeviceExchange:
             if not trip.has_room:
                 attempt.entered = False
                 raise trip.too_many()
-            beside = engine.fork()
-            trip.send(beside)
-            rows = _empty_rows(x, handle.num_recv_rows)
-            trip.place(rows, (handle.num_recv_rows,))
-            beside.join()
+            with engine.fork() as beside:
+                trip.send(beside)
+                rows = _empty_rows(x, handle.num_recv_rows)
+                trip.place(rows, (handle.num_recv_rows,))
             return join(rows, x)
 
     def dispatch_views(
@@ -159,12 +157,11 @@ class DeviceExchange:
                 waits=stats.waits,
                 config=config,
             )
-            beside = engine.fork()
-            trip.send(beside)
-            trip.route(routing.num_tokens_per_expert, is_read=False)
-            idx, weights = _empty_choices(routing, *shape)
-            src_idx = trip.place([], shape, idx=idx, weights=weights)
-            beside.join()
+            with engine.fork() as beside:
+                trip.send(beside)
+                trip.route(routing.num_tokens_per_expert, is_read=False)
+                idx, weights = _empty_choices(routing, *shape)
+                src_idx = trip.place([], shape, idx=idx, weights=weights)
             rows, num_rows = trip.views(num_slots)
             return Views(join(rows, x), idx, weights, num_rows, trip.handle(src_idx))
 
@@ -290,7 +287,6 @@ class DeviceExchange:
         """Once the ranks agree, move on to a larger heap if some rank has too many tokens."""
         prints = words[3 : 3 + self._num_ranks]
         if len(set(prints)) > 1:
-            beside.join()
             error = RankMismatchError("rows, top-k or experts", dict(enumerate(prints)))
             # Rows are on their way that nobody places.
             self._engine.session.abandon(TransportError(f"an earlier dispatch failed: {error}"))

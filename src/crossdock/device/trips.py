@@ -126,7 +126,7 @@ class Trip:
             self.memory.plan.rows,
             self._sent_call(programs),
         )
-        with beside:
+        with beside.line():
             plan.send.launch(engine.num_ranks + programs, arguments)
 
     def place(

@@ -107,8 +107,9 @@ def rows_among(is_token_in_rank, begin, end, G: tl.constexpr):
     """
     peer = tl.arange(0, G.padded)
     total = peer * 0
-    for first in range(begin, end, AT_ONCE):
-        token = first + tl.arange(0, AT_ONCE)
+    NUM: tl.constexpr = max(4 * AT_ONCE // G.padded, 16)
+    for first in range(begin, end, NUM):
+        token = first + tl.arange(0, NUM)
         there = (token < end)[:, None] & (peer < G.size)[None, :]
         words = words_at(is_token_in_rank, 1) + token[:, None] * G.size + peer[None, :]
         goes = tl.load(words, mask=there, other=0) != 0
