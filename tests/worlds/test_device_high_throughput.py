@@ -9,8 +9,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from crossdock import reference
-from crossdock.cases import ROUTING_CASES, origin_rows
+from crossdock import Buffer, CrossdockError, HandleError, reference
+from crossdock.cases import ROUTING_CASES, Routing, origin_rows
 from tests.worlds import test_high_throughput as world
 from tests.worlds.checks import combine_faults, row_faults
 from tests.worlds.device_worlds import small
@@ -161,3 +161,46 @@ def test_two_buffers_do_not_disturb_each_other(interpreted_pool):
     for turn in range(3):
         right = world.oracle_dispatch(routing, KINDS["bf16"], offset=20 * turn)
         assert not row_faults([each[turn] for each in got], [each.recv_x for each in right])
+
+
+def combine_on_another_buffer(group, routings):
+    """A handle whose rows would not fit into the memory of the buffer that is given it."""
+    rank = group.rank()
+    with open_buffer(group, "device") as large, open_buffer(group, "device") as small:
+        made = []
+        for buffer, routing in zip((large, small), routings, strict=True):
+            x = rows_of(rank, 0, len(routing.topk_idxs[rank]))
+            made.append(buffer.dispatch(x, **lay_out(buffer, routing)))
+        with pytest.raises(HandleError):
+            small.combine(made[0][0], made[0][4])
+        return bool(torch.isfinite(large.combine(made[0][0], made[0][4])[0].float()).all())
+
+
+def test_a_handle_of_a_larger_buffer_is_refused(interpreted_pool):
+    routings = [small(most)["uniform"].make(2, seed=1) for most in (40, 4)]
+    assert interpreted_pool.run(combine_on_another_buffer, routings, num_ranks=2) == [True, True]
+
+
+def outgrow_what_is_allowed(group, routings):
+    """Only rank 1 has too many tokens; rank 0 has sent its own by then."""
+    limits = {"max_buffer_bytes": 200_000, "timeout_s": 30, "first_call_timeout_s": 30}
+    with Buffer(group, transport="device", **limits) as buffer:
+        return [error_of(buffer, routing) for routing in routings]
+
+
+def error_of(buffer, routing):
+    x = rows_of(buffer.rank, 0, len(routing.topk_idxs[buffer.rank]))
+    try:
+        buffer.dispatch(x, **lay_out(buffer, routing))
+    except CrossdockError as error:
+        return type(error).__name__
+    return ""
+
+
+def test_nobody_goes_on_after_a_dispatch_that_some_could_not_make(interpreted_pool):
+    routings = [
+        Routing([torch.zeros((num, 1), dtype=torch.int64) for num in tokens], 2)
+        for tokens in [(4, 4), (4, 2000), (4, 4)]
+    ]
+    told = interpreted_pool.run(outgrow_what_is_allowed, routings, num_ranks=2)
+    assert told == [["", "BufferTooSmallError", "TransportError"]] * 2

@@ -36,6 +36,9 @@ _POLLS_PER_S = 2000
 _TICKS_PER_S = 1_000_000
 """Deadlines are told in microseconds, so that they fit into 32 bits."""
 
+_POLLS = 1 << 14
+"""How often the host looks before it asks whether the device is well."""
+
 _LONGEST = (1 << 31) - 1
 
 _LINKS = 64
@@ -147,6 +150,12 @@ class Engine:
             self._memory.keep()
         return generation
 
+    @property
+    def capacity(self) -> DeviceCapacity:
+        """What the heap has room for now."""
+        current = self._memory.current
+        return DeviceCapacity() if current is None else current.capacity
+
     def num_bytes(self, capacity: DeviceCapacity) -> int:
         """What a heap of this capacity takes."""
         return Plan.of(capacity, self.num_ranks).nbytes
@@ -186,9 +195,12 @@ class Engine:
         Raises:
             PeerTimeoutError: the kernel waited in vain.
         """
-        seen = words.numpy()
+        seen, polls = words.numpy(), 0
         while not seen[0]:
             os.sched_yield()
+            polls += 1
+            if polls % _POLLS == 0 and not self._interpreted:
+                torch.cuda.current_stream().query()  # raises if the device can do no more
         self.check()
         numbers: list[int] = seen.tolist()
         return numbers
@@ -202,9 +214,9 @@ class Engine:
             run: launches it.
             tensors: what it reads and writes; they live until it has been launched.
         """
+        sent = self._last_handle
 
         def later() -> None:
-            sent = self._last_handle
             self.chain()
             if sent is not None and sent != self._last_handle:
                 stream = torch.cuda.current_stream()

@@ -1,8 +1,8 @@
 """High-throughput calls on a device: what the kernels are launched with.
 
 The same verbs as `crossdock.exchange`, and the same results. The host waits once, for the number of
-rows in a first dispatch with exact sizes; rows are on their way by then. Placing runs beside
-sending, on a stream of its own.
+rows in a first dispatch with exact sizes; rows are on their way by then. Sending runs beside
+placing, on a stream of its own.
 
 T tokens here, K top-k, R ranks, L local experts, N received rows, C chunks.
 """
@@ -32,7 +32,13 @@ from crossdock.device.rank_kernels import (
 from crossdock.device.streams import Fork
 from crossdock.device.trips import Trip
 from crossdock.device.watch import State
-from crossdock.errors import HandleError, RankMismatchError, TransportError, UnsupportedError
+from crossdock.errors import (
+    BufferTooSmallError,
+    HandleError,
+    RankMismatchError,
+    TransportError,
+    UnsupportedError,
+)
 from crossdock.formats import RowFormat
 from crossdock.handle import Handle
 from crossdock.ops.triton import rank_sums
@@ -183,6 +189,8 @@ class DeviceExchange:
             num_rows, hidden = x.shape
             if num_rows != handle.num_recv_rows:
                 raise HandleError(f"x has {num_rows} rows, the handle {handle.num_recv_rows}")
+            if chunks.dim() != 3 or chunks.shape[0] - 1 > engine.capacity.num_back_flags:
+                raise HandleError("the handle is not of this buffer")
             num_topk = 0 if weights is None else weights.shape[1]
             counts_waits = self._counts_waits(stats)
             plan = plan_combine(
@@ -292,7 +300,14 @@ class DeviceExchange:
             self._engine.session.abandon(TransportError(f"an earlier dispatch failed: {error}"))
             raise error
         if words[1] > trip.memory.capacity.num_tokens:
-            trip.enlarge(words[1])
+            try:
+                trip.enlarge(words[1])
+            except BufferTooSmallError as error:
+                if trip.memory.capacity.num_tokens:
+                    # Those who had room have sent already.
+                    told = f"an earlier dispatch failed: {error}"
+                    self._engine.session.abandon(TransportError(told))
+                raise
             trip.send(beside)
 
 

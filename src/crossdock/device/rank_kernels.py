@@ -132,7 +132,8 @@ def back_row(
 
 def fingerprint(row: rank_records.RankRow, alignment: int) -> int:
     """A number that says what ranks must agree on in a dispatch."""
-    shape = (row.num_bytes, row.scale_words, row.num_topk, row.has_weights, row.local, alignment)
+    rows = (row.num_bytes, row.scale_words, row.stride, row.checked)
+    shape = (*rows, row.num_topk, row.has_weights, row.local, alignment)
     return hash(shape) & 0x7FFFFFFF
 
 

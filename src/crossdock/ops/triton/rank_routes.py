@@ -100,9 +100,9 @@ def _tell(
     peer, expert = tl.arange(0, G.padded), tl.arange(0, LP)
     totals = rows_among(sent.is_token_in_rank, 0, call.num_tokens, G)
     tl.store(words_at(sent.num_sent, 4) + peer, totals, mask=peer < G.size)
-    wait_for_credit(own, link.kind, number, link, CREDIT, G)
+    granted = wait_for_credit(own, link.kind, number, link, CREDIT, G)
     SIZE: tl.constexpr = G.size
-    for dst in tl.static_range(SIZE):
+    for dst in range(SIZE * granted.to(tl.int32)):
         base = heap_of(link, dst)
         words = words_at(base + zone.told, 8) + link.rank * (G.size + 2)
         tl.store(words + peer, tagged(totals, number), mask=peer < G.size)

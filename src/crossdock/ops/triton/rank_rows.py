@@ -62,10 +62,10 @@ def send_ranks(
     if ticket == 0:
         enter(link, number, G)
         post_credit(link, CREDITED, number - 1, G)
-    wait_for_credit(own, CREDITED, number, link, CREDIT, G)
-    if ticket < G.size:
+    granted = wait_for_credit(own, CREDITED, number, link, CREDIT, G)
+    if granted & (ticket < G.size):
         _number_rows(own, sent, ticket, link, zone, call, number, NUMBERS, G)
-    else:
+    elif granted:
         peer = tl.arange(0, G.padded)
         if ROW.viewed:
             known = words_at(own + zone.numbered, 4) + G.size + peer
@@ -177,7 +177,9 @@ def _load_rows(sent, begin, link, call, ROW: tl.constexpr, G: tl.constexpr):
         dst = _dst_of(step, begin, link, ROW, G)
         if ROW.viewed:
             words = words_at(sent.send_head, 4) + token * G.size + dst
-            slots = slots + (tl.load(words, mask=real, other=-1),)
+            slot = tl.load(words, mask=real, other=-1)
+            # Where numbering failed, anything may stand there.
+            slots = slots + (tl.where(slot < call.num_slots, slot, -1),)
         else:
             slots = slots + (tl.where(_goes(sent, token, dst, call, G), token, -1),)
     return payload, scales, slots

@@ -149,14 +149,14 @@ def combine_ranks(
         if ticket == 0:
             enter(link, number, G)
             post_credit(link, link.kind, number - 1, G)
-        wait_for_credit(own, link.kind, number, link, CREDIT, G)
+        granted = wait_for_credit(own, link.kind, number, link, CREDIT, G)
         last = words_at(rows.chunks, 4) + src * 2
         from_each = tl.load(last, mask=src < G.size, other=0)
         num_sent = tl.load(last + 1, mask=src < G.size, other=0)
         if ticket == 0:
             _tell_kept(from_each, rows, link, zone, call, number, G)
         begin = _begin_of(from_each, call, G)
-        others = tl.where(src == link.rank, 0, num_sent)
+        others = tl.where((src == link.rank) | (granted == 0), 0, num_sent)
         heaps = heaps_of(link, src, src < G.size)
         for chunk in range(ticket, tl.cdiv(tl.max(others), ROW.chunk), call.num_senders):
             UNITS: tl.constexpr = ROW.chunk // ROW.unit
@@ -262,6 +262,7 @@ def _load_rows(rows, step, chunk, first, count, link, call, ROW: tl.constexpr, G
     at = words_at(rows.x + row.to(tl.int64) * ROW.num_bytes, ROW.word)[:, None] + word[None, :]
     payload = tl.load(at, mask=real[:, None] & (word < ROW.num_words)[None, :])
     token = tl.load(words_at(rows.src_idx, 4) + row, mask=real, other=-1)
+    token = tl.where(token < call.num_slots, token, -1)  # of a dispatch that failed, maybe
     weights = tl.zeros([ROW.rows, ROW.padded_topk], tl.int32)
     if ROW.num_topk:
         at = words_at(rows.topk_weights, 4) + row[:, None] * ROW.num_topk + slot[None, :]

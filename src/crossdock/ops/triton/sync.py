@@ -444,7 +444,11 @@ def enter(link, number, G: tl.constexpr):
 
 @triton.jit
 def wait_for_credit(own, kind, number, link, phase, G: tl.constexpr):
-    """Wait until every rank has the round before this one behind it, so that it reads no more."""
+    """Wait until every rank has the round before this one behind it, so that it reads no more.
+
+    Returns whether all have: where a wait failed, nobody may write to what they read.
+    """
     rank = tl.arange(0, G.padded)
     words = words_at(own + link.credits, 4) + rank * G.num_states + kind
-    wait_flags(words, rank < G.size, rank, number - 1, link, phase, G, 0)
+    seen = wait_flags(words, rank < G.size, rank, number - 1, link, phase, G, 0)
+    return tl.min(tl.where(rank < G.size, seen, number)) >= number - 1
