@@ -89,6 +89,9 @@ SHAPES = [
     world.Shape("fp8_round_scale", "compact", 384, 6, num_local=2),
     world.Shape("fp8_ue8m0", "slab", 1024, 4),
     world.Shape("int8", "slab", 1, 1, num_local=1, use_hook=True),
+    # Rows of several pieces, of which the last one is partly filled.
+    world.Shape("fp8", "slab", 1152, 8),
+    world.Shape("int8", "compact", 2100, 4),
 ]
 
 
