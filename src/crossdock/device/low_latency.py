@@ -174,8 +174,8 @@ class DeviceLowLatency:
         """See `LowLatency.combine`."""
         engine, (idx, weights) = self._engine, selection
         words, layout_range, x = handle[0], handle[1], aligned(x)
+        made = self._combines((kind, words.untyped_storage().nbytes() // 4))
         with engine.session.flight(Operation.LOW_LATENCY_COMBINE) as attempt:
-            made = self._combines((kind, words.untyped_storage().nbytes() // 4))
             engine.begin(attempt)
             _check(made.trouble, stats)
             target = _writable(out)
