@@ -27,7 +27,7 @@ from crossdock.ops.triton import (
     rank_routes,
     rank_sums,
 )
-from crossdock.ops.triton.sync import Group, Link
+from crossdock.ops.triton.links import Group, Link
 from tests.ops.quantize_kernels import usage_of
 
 FORMATS = {

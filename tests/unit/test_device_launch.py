@@ -16,7 +16,7 @@ from crossdock.device.launch import Kernel, model_of, starter
 from crossdock.device.rank_kernels import shares
 from crossdock.device.streams import Fork
 from crossdock.ops.triton import expert_records, expert_sums, rank_records, rank_routes, rank_sums
-from crossdock.ops.triton.sync import Address, Link
+from crossdock.ops.triton.links import Address, Link
 
 RECORDS = [
     Link,

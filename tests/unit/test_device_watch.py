@@ -13,12 +13,12 @@ from crossdock.errors import PeerTimeoutError, TransportError
 from crossdock.ops.triton import (
     expert_rows,
     expert_sums,
+    links,
     rank_places,
     rank_routes,
     rank_rows,
     rank_sums,
     row_checks,
-    sync,
 )
 from crossdock.transports.symmetric import GAVE_UP
 
@@ -114,7 +114,7 @@ def test_damaged_rows_are_named_with_who_sent_them() -> None:
 
 
 def test_kernels_and_the_host_mean_the_same_by_giving_up() -> None:
-    assert sync.GAVE_UP.value == GAVE_UP
+    assert links.GAVE_UP.value == GAVE_UP
 
 
 def test_a_rank_that_gave_up_is_named() -> None:

@@ -23,7 +23,7 @@ from crossdock.device.memory import (
 from crossdock.device.streams import Fork
 from crossdock.device.watch import Report, host_memory
 from crossdock.errors import UnsupportedError
-from crossdock.ops.triton.sync import Group, Link
+from crossdock.ops.triton.links import Group, Link
 from crossdock.transports.header import Call, Operation
 from crossdock.transports.session import Attempt, Session
 from crossdock.transports.symmetric import Symmetric

@@ -15,7 +15,7 @@ from crossdock.device.slabs import SlabLayout, slab_layout
 from crossdock.formats import ELEMENT_CODES, RowFormat, ScaleRule, TokenFormat
 from crossdock.logfmt import log_row
 from crossdock.ops.triton import expert_records, expert_rows, expert_sums
-from crossdock.ops.triton.sync import Group
+from crossdock.ops.triton.links import Group
 from crossdock.topology import num_local_experts
 
 __all__ = [

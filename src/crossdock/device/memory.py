@@ -20,9 +20,9 @@ from crossdock.config import align
 from crossdock.errors import BufferTooSmallError, HandleError, TransportError
 from crossdock.ops.triton.expert_records import Zone
 from crossdock.ops.triton.expert_sums import ReturnZone
+from crossdock.ops.triton.links import MASKED, REPORT
 from crossdock.ops.triton.rank_records import RowZone
 from crossdock.ops.triton.rank_sums import BackZone
-from crossdock.ops.triton.sync import MASKED, REPORT
 from crossdock.transports.header import Call
 from crossdock.transports.symmetric import AddressedHeap, Symmetric
 
@@ -132,7 +132,7 @@ class Plan:
     """Where everything lies in a heap.
 
     Attributes:
-        watch, credits: see `ops.triton.sync.Link`.
+        watch, credits: see `ops.triton.links.Link`.
         welcome: [R, words] int64, what each rank tells this one when it counts on it again.
         zones, returns: of the two sets of low-latency calls.
         rows, back: of high-throughput calls.

@@ -16,7 +16,7 @@ from crossdock.device.memory import BACK_UNIT, UNIT, DeviceCapacity
 from crossdock.device.watch import State
 from crossdock.formats import RowFormat
 from crossdock.ops.triton import rank_places, rank_records, rank_routes, rank_rows, rank_sums
-from crossdock.ops.triton.sync import Group
+from crossdock.ops.triton.links import Group
 
 __all__ = [
     "CombinePlan",

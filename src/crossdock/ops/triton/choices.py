@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from crossdock.ops.triton.sync import words_at
+from crossdock.ops.triton.links import words_at
 
 __all__ = ["count_choices", "count_earlier"]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from crossdock.ops.triton.sync import Address
+from crossdock.ops.triton.links import Address
 
 __all__ = ["Call", "ExpertRow", "Experts", "Slabs", "Tokens", "Zone"]
 

@@ -22,21 +22,17 @@ import triton
 import triton.language as tl
 
 from crossdock.ops.triton.choices import count_choices, count_earlier
+from crossdock.ops.triton.links import heap_of, heaps_of, row_at, words_at
+from crossdock.ops.triton.masked import is_counted_on, is_masked, mask_ranks
 from crossdock.ops.triton.pieces import load_pieces, num_pieces, store_piece
 from crossdock.ops.triton.quantize import UE8M0, encode_part, largest
 from crossdock.ops.triton.sync import (
     draw_ticket,
     enter,
-    heap_of,
-    heaps_of,
-    is_counted_on,
-    is_masked,
-    mask_ranks,
     post_rounds,
     raise_flags,
     read_flags,
     read_tagged,
-    row_at,
     tagged,
     time_flags,
     time_tagged,
@@ -44,7 +40,6 @@ from crossdock.ops.triton.sync import (
     wait_for_credit,
     wait_here,
     wait_tagged,
-    words_at,
 )
 
 __all__ = ["dispatch_experts"]

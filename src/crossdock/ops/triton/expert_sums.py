@@ -20,23 +20,19 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from crossdock.ops.triton.links import Address, heap_of, heaps_of, row_at, words_at
+from crossdock.ops.triton.masked import is_masked
 from crossdock.ops.triton.quantize import load_log, load_ranges, round_sum, store_log
 from crossdock.ops.triton.sync import (
-    Address,
     draw_ticket,
     enter,
-    heap_of,
-    heaps_of,
-    is_masked,
     post_rounds,
     raise_flags,
-    row_at,
     tagged,
     time_flags,
     wait_flags,
     wait_for_credit,
     wait_tagged,
-    words_at,
 )
 
 __all__ = ["Chosen", "Partial", "ReturnCall", "ReturnZone", "Returned", "combine_experts"]

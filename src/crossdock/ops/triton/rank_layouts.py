@@ -13,7 +13,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from crossdock.ops.triton.sync import Address, words_at
+from crossdock.ops.triton.links import Address, words_at
 
 __all__ = ["Choices", "LayoutOf", "lay_out_tokens"]
 

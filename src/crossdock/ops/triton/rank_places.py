@@ -16,9 +16,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from crossdock.ops.triton.links import heap_of, words_at
 from crossdock.ops.triton.rank_waits import add_wait
 from crossdock.ops.triton.row_checks import check_sums, sums_of
-from crossdock.ops.triton.sync import draw_ticket, heap_of, wait_flags, words_at
+from crossdock.ops.triton.sync import draw_ticket, wait_flags
 
 __all__ = ["place_ranks"]
 

@@ -17,25 +17,24 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from crossdock.ops.triton.rank_rows import rows_among
+from crossdock.ops.triton.links import Address, heap_of, words_at
 from crossdock.ops.triton.rank_waits import add_wait
 from crossdock.ops.triton.sync import (
-    Address,
     draw_ticket,
     enter,
-    heap_of,
     post_credit,
     tagged,
     time_tagged,
     wait_for_credit,
     wait_tagged,
-    words_at,
 )
 
 __all__ = ["Learned", "route_ranks"]
 
 COUNTS = tl.constexpr(7)
 CREDIT = tl.constexpr(8)
+CELLS = tl.constexpr(4096)
+"""(token, rank) pairs that are counted together."""
 
 
 class Learned(NamedTuple):
@@ -98,7 +97,7 @@ def _tell(
 ):
     """Count the rows for each rank, and tell every rank these and the rest of what it needs."""
     peer, expert = tl.arange(0, G.padded), tl.arange(0, LP)
-    totals = rows_among(sent.is_token_in_rank, 0, call.num_tokens, G)
+    totals = _rows_for_each(sent.is_token_in_rank, call.num_tokens, G)
     tl.store(words_at(sent.num_sent, 4) + peer, totals, mask=peer < G.size)
     granted = wait_for_credit(own, link.kind, number, link, CREDIT, G)
     SIZE: tl.constexpr = G.size
@@ -112,6 +111,24 @@ def _tell(
         counts = tl.load(of_dst, mask=expert < L, other=0)
         words = words_at(base + zone.counts, 8) + link.rank * L + expert
         tl.store(words, tagged(counts, number), mask=expert < L)
+
+
+@triton.jit
+def _rows_for_each(is_token_in_rank, num_tokens, G: tl.constexpr):
+    """How many tokens go to each rank: [R] int32.
+
+    Example (2 ranks): is_token_in_rank [[1,1],[0,1],[1,0]], 2 tokens -> [1, 2]
+    """
+    peer = tl.arange(0, G.padded)
+    total = peer * 0
+    NUM: tl.constexpr = max(CELLS // G.padded, 16)
+    for first in range(0, num_tokens, NUM):
+        token = first + tl.arange(0, NUM)
+        there = (token < num_tokens)[:, None] & (peer < G.size)[None, :]
+        words = words_at(is_token_in_rank, 1) + token[:, None] * G.size + peer[None, :]
+        goes = tl.load(words, mask=there, other=0) != 0
+        total += tl.sum(goes.to(tl.int32), 0)
+    return total
 
 
 @triton.jit

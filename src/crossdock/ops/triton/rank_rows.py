@@ -20,25 +20,23 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from crossdock.ops.triton.links import heap_of, heaps_of, words_at
 from crossdock.ops.triton.row_checks import sums_of
 from crossdock.ops.triton.sync import (
     draw_ticket,
     enter,
-    heap_of,
-    heaps_of,
     post_credit,
     raise_flags,
     wait_flags,
     wait_for_credit,
-    words_at,
 )
 
-__all__ = ["rows_among", "send_ranks"]
+__all__ = ["send_ranks"]
 
 CREDIT = tl.constexpr(8)
 NUMBERED = tl.constexpr(15)
 AT_ONCE = tl.constexpr(1024)
-"""Tokens that are counted together."""
+"""Tokens that are numbered together."""
 
 
 @triton.jit
@@ -97,24 +95,6 @@ def _send(sent, nth, link, zone, call, number, ROW: tl.constexpr, G: tl.constexp
         there = (peer < G.size)[:, None] & (unit * ROW.unit < call.num_tokens)[None, :]
         numbers = number + (peer[:, None] + unit[None, :]) * 0
         raise_flags(words + link.rank * call.num_flags, there, numbers)
-
-
-@triton.jit
-def rows_among(is_token_in_rank, begin, end, G: tl.constexpr):
-    """How many of the tokens from one to another go to each rank: [R] int32.
-
-    Example (2 ranks): is_token_in_rank [[1,1],[0,1],[1,0]], from 0 to 2 -> [1, 2]
-    """
-    peer = tl.arange(0, G.padded)
-    total = peer * 0
-    NUM: tl.constexpr = max(4 * AT_ONCE // G.padded, 16)
-    for first in range(begin, end, NUM):
-        token = first + tl.arange(0, NUM)
-        there = (token < end)[:, None] & (peer < G.size)[None, :]
-        words = words_at(is_token_in_rank, 1) + token[:, None] * G.size + peer[None, :]
-        goes = tl.load(words, mask=there, other=0) != 0
-        total += tl.sum(goes.to(tl.int32), 0)
-    return total
 
 
 @triton.jit

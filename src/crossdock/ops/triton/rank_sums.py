@@ -18,24 +18,20 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from crossdock.ops.triton.links import Address, heap_of, heaps_of, row_at, words_at
 from crossdock.ops.triton.quantize import round_sum
 from crossdock.ops.triton.rank_waits import add_wait
 from crossdock.ops.triton.row_checks import check_sums, sums_of
 from crossdock.ops.triton.sync import (
-    Address,
     draw_ticket,
     enter,
-    heap_of,
-    heaps_of,
     post_credit,
     raise_flags,
-    row_at,
     tagged,
     time_tagged,
     wait_flags,
     wait_for_credit,
     wait_tagged,
-    words_at,
 )
 
 __all__ = ["BackCall", "BackRow", "BackZone", "Rows", "Sums", "combine_ranks"]

@@ -9,7 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from crossdock.ops.triton.sync import time_flags, words_at
+from crossdock.ops.triton.links import words_at
+from crossdock.ops.triton.sync import time_flags
 
 __all__ = ["add_wait"]
 

@@ -15,30 +15,35 @@ is masked or the whole buffer has failed: later waits end at once, and the host 
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import globaltimer
 
+from crossdock.ops.triton.links import (
+    FAILED,
+    GAVE_UP,
+    REPORT,
+    heap_of,
+    heaps_of,
+    words_at,
+)
+from crossdock.ops.triton.masked import (
+    is_counted_on,
+    is_enough,
+    mask_everywhere,
+    may_go_on,
+    named,
+)
+
 __all__ = [
-    "Address",
-    "Group",
-    "Link",
     "condemn",
     "draw_ticket",
     "enter",
-    "heap_of",
-    "heaps_of",
-    "is_counted_on",
-    "is_masked",
-    "mask_ranks",
     "post_credit",
     "post_rounds",
     "raise_flags",
     "read_flags",
     "read_tagged",
-    "row_at",
     "tagged",
     "time_flags",
     "time_tagged",
@@ -46,102 +51,7 @@ __all__ = [
     "wait_for_credit",
     "wait_here",
     "wait_tagged",
-    "words_at",
 ]
-
-Address = int
-"""An address, or an offset in a heap: 64 bits. Whatever else kernels are told has 32."""
-
-FAILED = tl.constexpr(0)
-GAVE_UP = tl.constexpr(2)
-"""What stands there if another rank gave up, plus that rank; 1 if this one waited in vain."""
-REPORT = tl.constexpr(1)
-MASKED = tl.constexpr(8)
-
-
-class Group(NamedTuple):
-    """The ranks, as constants of a kernel.
-
-    Attributes:
-        size: R.
-        padded: the next power of two.
-        num_states: rounds that are counted, a power of two.
-        is_compiled: False in the interpreter, which has no clock and cuts bf16 off.
-        can_shrink: whether the others go on without a rank that is late.
-    """
-
-    size: int
-    padded: int
-    num_states: int
-    is_compiled: bool
-    can_shrink: bool = False
-
-
-class Link(NamedTuple):
-    """What a kernel needs to reach the other ranks.
-
-    Whatever kernels take, here and elsewhere, are numbers: addresses of tensors, offsets in the
-    heap and counts. So a launch need not look at tensors, and what an address is aligned to is
-    said where it is used.
-
-    Attributes:
-        peers: [R] int64, the address of every rank's heap. That begins with the words that say how
-            this rank fares: failed, address of the report ([R] int64: what each rank was missing
-            in; then why this rank failed), and from the eighth on one for each rank that says
-            whether it is masked.
-        states: [num_states] int64, `(rounds completed << 32) | tickets drawn` of each operation.
-        credits: offset in the heap of [R, num_states] int32, the rounds each rank has behind it.
-            Behind that as many words: the last round of each operation that it has come to.
-        rank: this rank.
-        kind: which of the states is that of this operation.
-        deadline: microseconds that a wait may last; in the interpreter, which has no clock, polls.
-            0: for ever.
-    """
-
-    peers: Address
-    states: Address
-    credits: Address
-    rank: int
-    kind: int
-    deadline: int
-
-
-@triton.jit
-def words_at(address, BYTES: tl.constexpr):
-    """Pointers to words of so many bytes; 16 means 8-byte words that begin on 16-byte bounds.
-
-    The alignment is told of the pointer: told of the number it would be lost.
-    """
-    address = tl.cast(address, tl.int64)
-    if BYTES == 16:
-        return tl.multiple_of(address.to(tl.pointer_type(tl.int64), bitcast=True), 16)
-    elif BYTES == 8:
-        return address.to(tl.pointer_type(tl.int64), bitcast=True)
-    elif BYTES == 4:
-        return address.to(tl.pointer_type(tl.int32), bitcast=True)
-    elif BYTES == 2:
-        return address.to(tl.pointer_type(tl.int16), bitcast=True)
-    else:
-        return address.to(tl.pointer_type(tl.uint8), bitcast=True)
-
-
-@triton.jit
-def row_at(address, ELEMENT: tl.constexpr):
-    """Pointer to the elements of a row that begins on a 16-byte bound."""
-    pointer = tl.cast(address, tl.int64).to(tl.pointer_type(ELEMENT), bitcast=True)
-    return tl.multiple_of(pointer, 16)
-
-
-@triton.jit
-def heap_of(link, rank):
-    """The address of a rank's heap."""
-    return tl.load(words_at(link.peers, 8) + rank)
-
-
-@triton.jit
-def heaps_of(link, ranks, wanted):
-    """The addresses of the heaps of ranks."""
-    return tl.load(words_at(link.peers, 8) + ranks, mask=wanted, other=0)
 
 
 @triton.jit
@@ -226,7 +136,7 @@ def _wait(
                 _now(polls, G) - begin > tl.cast(link.deadline, tl.int64) * TICK
             )
             if G.can_shrink:
-                over = over & _may_go_on(late, ranks, _now(polls, G) - begin, link, watch, G)
+                over = over & may_go_on(late, ranks, _now(polls, G) - begin, link, watch, G)
             waiting = (tl.max(late.to(tl.int32)) > 0) & (failed == 0) & (over == 0)
         if (tl.max(late.to(tl.int32)) > 0) & (failed == 0):
             _give_up(late, ranks, number, link, watch, phase, G)
@@ -244,14 +154,14 @@ def _give_up(late, ranks, number, link, watch, phase, G: tl.constexpr):
     """Write down who is missing, and either mask them or let every later wait end at once."""
     fails = tl.cast(1, tl.int1)
     if G.can_shrink:
-        fails = _is_enough(late, ranks, watch, G) == 0
+        fails = is_enough(late, ranks, watch, G) == 0
     if fails:
         word = (number.to(tl.int64) << 32) | (link.kind * 256 + phase)
         report = words_at(tl.load(watch + REPORT), 8)
         tl.store(report + ranks, word + ranks.to(tl.int64) * 0, mask=late)
         tl.store(watch + FAILED, 1)
     elif G.can_shrink:
-        _mask_everywhere(_named(late, ranks, G), link, G)
+        mask_everywhere(named(late, ranks, G), link, G)
 
 
 @triton.jit
@@ -264,61 +174,6 @@ def condemn(src, number, link, phase, G: tl.constexpr):
     base = heaps_of(link, peer, peer < G.size)
     why = peer.to(tl.int64) * 0 + GAVE_UP + link.rank
     tl.store(words_at(base, 8) + FAILED, why, mask=peer < G.size)
-
-
-@triton.jit
-def is_counted_on(link, ranks):
-    """Whether ranks take part, seen from here: none does where the others go on without this."""
-    masked = words_at(heap_of(link, link.rank), 8) + MASKED
-    alone = tl.load(masked + link.rank, volatile=True)
-    return (tl.load(masked + ranks, volatile=True) == 0) & (alone == 0)
-
-
-@triton.jit
-def mask_ranks(these, link, G: tl.constexpr):
-    """From now on this rank goes on without ranks, bool [R padded].
-
-    The others may still be in the call before, to which these belong: they hear of it in this one.
-    """
-    peer = tl.arange(0, G.padded)
-    words = words_at(heap_of(link, link.rank), 8) + MASKED + peer
-    tl.store(words, peer.to(tl.int64) * 0 + 1, mask=these & (peer < G.size))
-
-
-@triton.jit
-def _mask_everywhere(these, link, G: tl.constexpr):
-    """All go on without ranks, bool [R padded], who hear of it themselves: they are late."""
-    peer = tl.arange(0, G.padded)
-    watch = words_at(heaps_of(link, peer, peer < G.size), 8)
-    words = watch[:, None] + MASKED + peer[None, :]
-    wanted = (peer[:, None] < G.size) & these[None, :]
-    tl.store(words, peer[:, None] * 0 + peer[None, :].to(tl.int64) * 0 + 1, mask=wanted)
-
-
-@triton.jit
-def _named(late, ranks, G: tl.constexpr):
-    """Which ranks are among those of words, of any shape, that are late: bool [R padded]."""
-    peer = tl.arange(0, G.padded)
-    late, ranks = tl.ravel(late), tl.ravel(ranks + late.to(tl.int32) * 0)
-    return tl.max((late[None, :] & (ranks[None, :] == peer[:, None])).to(tl.int32), 1) > 0
-
-
-@triton.jit
-def _is_enough(late, ranks, watch, G: tl.constexpr):
-    """Whether at least half of the ranks that were left remain without those that are late."""
-    peer = tl.arange(0, G.padded)
-    masked = tl.load(watch + MASKED + peer, mask=peer < G.size, other=1, volatile=True) != 0
-    left = tl.sum((masked == 0).to(tl.int32))
-    gone = tl.sum((_named(late, ranks, G) & (masked == 0)).to(tl.int32))
-    return 2 * (left - gone) >= left
-
-
-@triton.jit
-def _may_go_on(late, ranks, spent, link, watch, G: tl.constexpr):
-    """After the deadline: a few that are early wait for the many, but not for ever."""
-    TICK: tl.constexpr = 1000 if G.is_compiled else 1
-    last = spent > tl.cast(link.deadline, tl.int64) * (TICK * G.size)
-    return _is_enough(late, ranks, watch, G) | last
 
 
 @triton.jit
@@ -377,13 +232,6 @@ def read_flags(words, wanted):
     seen = _look(words, wanted, False)
     tl.debug_barrier()
     return seen
-
-
-@triton.jit
-def is_masked(link, ranks):
-    """Whether this rank goes on without ranks, or they without it where it is meant itself."""
-    masked = words_at(heap_of(link, link.rank), 8) + MASKED
-    return tl.load(masked + ranks, volatile=True) != 0
 
 
 @triton.jit
