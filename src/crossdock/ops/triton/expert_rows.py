@@ -349,7 +349,7 @@ def _place(
     else:
         flag = wait_flags(words, slot == 0, slot * 0 + src, number, link, ROWS, G, 1)
     to = words_at(slabs.src_info, 4) + slabs.row_of + item * E.num_topk + slot
-    if tl.max(flag) == number * 2 + 1:
+    if tl.sum(flag) == number * 2 + 1:
         at = own + zone.landing + tl.cast(item, tl.int64) * ROW.stride
         # On its way while its places are worked out.
         payload, scales = _load_landed(at, ROW)

@@ -339,7 +339,7 @@ def _reduce(
     total = tl.zeros([P.padded], tl.float32)
     SIZE: tl.constexpr = G.size
     for r in tl.static_range(SIZE):
-        here = tl.max(tl.where((peer == r) & is_there, flags, 0)) == number
+        here = tl.sum(tl.where((peer == r) & is_there, flags, 0)) == number
         begin = tl.cast(r * call.num_slots + token, tl.int64) * P.stride
         total += _load_sum(own + zone.landing + begin, here, P)
     to = chosen.out + tl.cast(token, tl.int64) * (2 * P.hidden)

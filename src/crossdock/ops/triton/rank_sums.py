@@ -149,7 +149,7 @@ def combine_ranks(
         last = words_at(rows.chunks, 4) + src * 2
         from_each = tl.load(last, mask=src < G.size, other=0)
         num_sent = tl.load(last + 1, mask=src < G.size, other=0)
-        if ticket == 0:
+        if granted & (ticket == 0):
             _tell_kept(from_each, rows, link, zone, call, number, G)
         begin = _begin_of(from_each, call, G)
         others = tl.where((src == link.rank) | (granted == 0), 0, num_sent)

@@ -53,6 +53,11 @@ __all__ = [
     "wait_tagged",
 ]
 
+TAGGED = tl.constexpr("a tagged word of this round")
+FLAG = tl.constexpr("a flag of this round")
+CREDIT = tl.constexpr("a number of this round, or of a later one")
+"""What is waited for. Numbers of rounds begin again behind the largest, so they are subtracted."""
+
 
 @triton.jit
 def draw_ticket(link, num_tickets):
@@ -72,7 +77,7 @@ def draw_ticket(link, num_tickets):
 @triton.jit
 def tagged(value, number):
     """A word of 32 bits of data and the number of the round."""
-    return (value.to(tl.int64) << 32) | number.to(tl.int64)
+    return (value.to(tl.int64) << 32) | (number.to(tl.int64) & 0xFFFFFFFF)
 
 
 @triton.jit
@@ -84,8 +89,8 @@ def _now(polls, G: tl.constexpr):
 
 
 @triton.jit
-def _look(words, wanted, TAGGED: tl.constexpr):
-    if TAGGED:
+def _look(words, wanted, HOW: tl.constexpr):
+    if HOW == TAGGED:
         return tl.load(words, mask=wanted, other=0, volatile=True)
     else:
         seen = tl.atomic_add(words, 0, mask=wanted, sem="acquire", scope="sys")
@@ -93,15 +98,18 @@ def _look(words, wanted, TAGGED: tl.constexpr):
 
 
 @triton.jit
-def _is_late(seen, number, TAGGED: tl.constexpr, SHIFT: tl.constexpr):
-    if TAGGED:
+def _is_late(seen, number, HOW: tl.constexpr, SHIFT: tl.constexpr):
+    if HOW == TAGGED:
         return seen.to(tl.int32) != number
+    elif HOW == FLAG:
+        return ((seen ^ (number << SHIFT)) >> SHIFT) != 0
     else:
-        return (seen >> SHIFT) < number
+        return number - seen > 0
 
 
 @triton.jit
 def _wait(
+    seen,
     words,
     wanted,
     ranks,
@@ -109,15 +117,18 @@ def _wait(
     link,
     phase,
     G: tl.constexpr,
-    TAGGED: tl.constexpr,
+    HOW: tl.constexpr,
     SHIFT: tl.constexpr,
 ):
-    """What the words hold once all wanted ones have come, 0 where one has not; and how long."""
+    """What the words hold once all wanted ones have come, 0 where one has not; and how long.
+
+    `seen` is what they held at the first look.
+    """
     if G.can_shrink:
         wanted = wanted & is_counted_on(link, ranks)
-    seen = _look(words, wanted, TAGGED)
+        seen = tl.where(wanted, seen, 0)
     spent = tl.cast(0, tl.int64)
-    late = wanted & _is_late(seen, number, TAGGED, SHIFT)
+    late = wanted & _is_late(seen, number, HOW, SHIFT)
     if tl.max(late.to(tl.int32)) > 0:
         watch = words_at(heap_of(link, link.rank), 8)
         failed = tl.load(watch + FAILED, volatile=True)
@@ -127,26 +138,38 @@ def _wait(
         waiting = failed == 0
         while waiting:
             polls += 1
-            seen = _look(words, wanted, TAGGED)
-            late = wanted & _is_late(seen, number, TAGGED, SHIFT)
+            seen = _look(words, wanted, HOW)
+            late = wanted & _is_late(seen, number, HOW, SHIFT)
             if G.can_shrink:
                 late = late & is_counted_on(link, ranks)
             failed = tl.load(watch + FAILED, volatile=True)
-            over = (link.deadline > 0) & (
-                _now(polls, G) - begin > tl.cast(link.deadline, tl.int64) * TICK
-            )
+            over = _is_over(begin, polls, link, G)
             if G.can_shrink:
                 over = over & may_go_on(late, ranks, _now(polls, G) - begin, link, watch, G)
             waiting = (tl.max(late.to(tl.int32)) > 0) & (failed == 0) & (over == 0)
         if (tl.max(late.to(tl.int32)) > 0) & (failed == 0):
             _give_up(late, ranks, number, link, watch, phase, G)
-        failed = tl.load(watch + FAILED, volatile=True)
-        if failed != 0:
-            tl.store(words_at(tl.load(watch + REPORT), 8) + G.size, failed)
-        seen = tl.where(wanted & _is_late(seen, number, TAGGED, SHIFT), 0, seen)
+        _note_failure(watch, G)
+        seen = tl.where(wanted & _is_late(seen, number, HOW, SHIFT), 0, seen)
         spent = ((_now(polls, G) - begin) // TICK).to(tl.int64)
     tl.debug_barrier()
     return seen, spent
+
+
+@triton.jit
+def _is_over(begin, polls, link, G: tl.constexpr):
+    """Whether the deadline of a wait has passed."""
+    TICK: tl.constexpr = 1000 if G.is_compiled else 1
+    spent = _now(polls, G) - begin
+    return (link.deadline > 0) & (spent > tl.cast(link.deadline, tl.int64) * TICK)
+
+
+@triton.jit
+def _note_failure(watch, G: tl.constexpr):
+    """Write down why waits end, if they do."""
+    failed = tl.load(watch + FAILED, volatile=True)
+    if failed != 0:
+        tl.store(words_at(tl.load(watch + REPORT), 8) + G.size, failed)
 
 
 @triton.jit
@@ -199,37 +222,40 @@ def wait_tagged(words, wanted, ranks, number, link, phase, G: tl.constexpr):
 @triton.jit
 def time_tagged(words, wanted, ranks, number, link, phase, G: tl.constexpr):
     """The same, and how long it took: see `time_flags`."""
-    seen, spent = _wait(words, wanted, ranks, number, link, phase, G, True, 0)
+    seen = _look(words, wanted, TAGGED)
+    seen, spent = _wait(seen, words, wanted, ranks, number, link, phase, G, TAGGED, 0)
     return (seen >> 32).to(tl.int32), spent
 
 
 @triton.jit
 def wait_flags(words, wanted, ranks, number, link, phase, G: tl.constexpr, SHIFT: tl.constexpr):
-    """The same for flags that hold a number, shifted left by `SHIFT` bits of data, or more.
+    """The same for flags that hold the number, shifted left by `SHIFT` bits of data.
 
     Rows that a flag covers may be read after it.
     """
-    seen, _ = _wait(words, wanted, ranks, number, link, phase, G, False, SHIFT)
+    seen = _look(words, wanted, FLAG)
+    seen, _ = _wait(seen, words, wanted, ranks, number, link, phase, G, FLAG, SHIFT)
     return seen
 
 
 @triton.jit
 def time_flags(words, wanted, ranks, number, link, phase, G: tl.constexpr, SHIFT: tl.constexpr):
     """How long flags were waited for, in microseconds (int64); in the interpreter in polls."""
-    _, spent = _wait(words, wanted, ranks, number, link, phase, G, False, SHIFT)
+    seen = _look(words, wanted, FLAG)
+    _, spent = _wait(seen, words, wanted, ranks, number, link, phase, G, FLAG, SHIFT)
     return spent
 
 
 @triton.jit
 def read_tagged(words, wanted):
     """The data of tagged words that have come."""
-    return (_look(words, wanted, True) >> 32).to(tl.int32)
+    return (_look(words, wanted, TAGGED) >> 32).to(tl.int32)
 
 
 @triton.jit
 def read_flags(words, wanted):
     """Flags that have been raised, and the rows that they cover may be read after it."""
-    seen = _look(words, wanted, False)
+    seen = _look(words, wanted, FLAG)
     tl.debug_barrier()
     return seen
 
@@ -294,9 +320,14 @@ def enter(link, number, G: tl.constexpr):
 def wait_for_credit(own, kind, number, link, phase, G: tl.constexpr):
     """Wait until every rank has the round before this one behind it, so that it reads no more.
 
-    Returns whether all have: where a wait failed, nobody may write to what they read.
+    Returns whether all that are counted on have: where a wait failed, nobody may write to what they
+    read.
     """
     rank = tl.arange(0, G.padded)
     words = words_at(own + link.credits, 4) + rank * G.num_states + kind
-    seen = wait_flags(words, rank < G.size, rank, number - 1, link, phase, G, 0)
-    return tl.min(tl.where(rank < G.size, seen, number)) >= number - 1
+    asked = rank < G.size
+    seen = _look(words, asked, CREDIT)
+    seen, _ = _wait(seen, words, asked, rank, number - 1, link, phase, G, CREDIT, 0)
+    if G.can_shrink:
+        asked = asked & is_counted_on(link, rank)
+    return tl.max((asked & _is_late(seen, number - 1, CREDIT, 0)).to(tl.int32)) == 0

@@ -1,0 +1,101 @@
+"""Rounds of device calls are counted in 32 bits. Behind the largest number they begin again.
+
+A buffer of a server makes that many calls within days, so here it begins shortly before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+
+from crossdock import Buffer
+from crossdock.device.memory import NUM_STATES, Generation, Memory
+
+BEHIND = 2**31 - 3
+"""Rounds that every rank has behind it, of every operation."""
+NUM_ROUNDS = 8
+NUM_RANKS, NUM_TOKENS, HIDDEN = 2, 3, 64
+
+
+@contextmanager
+def open_late(group: Any) -> Iterator[tuple[Buffer, list[Generation]]]:
+    """A buffer whose calls have numbers that suffice for two more, and its heaps."""
+    replace, made = Memory._replace, []
+
+    def replace_late(memory: Memory, *rest: Any) -> Generation:
+        current = replace(memory, *rest)
+        current.states.fill_(BEHIND << 32)
+        own, begin = current.heap.peer(memory._rank), current.plan.credits
+        own[begin : begin + 8 * memory.num_ranks * NUM_STATES].view(torch.int32).fill_(BEHIND)
+        memory._transport.topology.allgather(None)
+        made.append(current)
+        return current
+
+    with (
+        mock.patch.object(Memory, "_replace", replace_late),
+        Buffer(group, transport="device", timeout_s=20, first_call_timeout_s=20) as buffer,
+    ):
+        yield buffer, made
+
+
+def begun_again(heaps: list[Generation]) -> set[int]:
+    """The operations whose rounds have: indices of `device.watch.State`."""
+    return set((heaps[-1].states < 0).nonzero().flatten().tolist())
+
+
+def make_tokens(rank: int, nth: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens that no other rank and no other round has, and one expert for each."""
+    tokens = 100.0 * rank + 10 * nth + torch.arange(NUM_TOKENS)
+    x = tokens[:, None].expand(NUM_TOKENS, HIDDEN).bfloat16().contiguous()
+    return x, torch.tensor([[0], [1], [(rank + nth) % NUM_RANKS]])
+
+
+def go_at_low_latency(group: Any) -> set[int]:
+    weights = torch.full((NUM_TOKENS, 1), 2.0)
+    with open_late(group) as (buffer, heaps):
+        for nth in range(NUM_ROUNDS):
+            x, idx = make_tokens(buffer.rank, nth)
+            slabs, count, handle, *_ = buffer.low_latency_dispatch(
+                x, idx, NUM_TOKENS, NUM_RANKS, use_fp8=False
+            )
+            everywhere = [make_tokens(rank, nth) for rank in range(NUM_RANKS)]
+            here = torch.cat([x[idx[:, 0] == buffer.rank] for x, idx in everywhere])
+            assert torch.equal(slabs[0, : int(count)], here), nth
+            back, *_ = buffer.low_latency_combine(slabs, idx, weights, handle)
+            assert torch.equal(back, 2 * x), nth
+        return begun_again(heaps)
+
+
+def go_at_high_throughput(group: Any) -> set[int]:
+    with open_late(group) as (buffer, heaps):
+        for nth in range(NUM_ROUNDS):
+            x, idx = make_tokens(buffer.rank, nth)
+            per_rank, _, per_expert, in_rank, _ = buffer.get_dispatch_layout(idx, NUM_RANKS)
+            here, _, _, _, handle, _ = buffer.dispatch(
+                x,
+                num_tokens_per_rank=per_rank,
+                is_token_in_rank=in_rank,
+                num_tokens_per_expert=per_expert,
+                topk_idx=idx,
+                topk_weights=torch.ones(NUM_TOKENS, 1),
+            )
+            everywhere = [make_tokens(rank, nth) for rank in range(NUM_RANKS)]
+            sent = torch.cat([x[idx[:, 0] == buffer.rank] for x, idx in everywhere])
+            assert torch.equal(here, sent), nth
+            back, _, _ = buffer.combine(here, handle)
+            assert torch.equal(back, x), nth
+        return begun_again(heaps)
+
+
+def test_low_latency_rounds_begin_again(interpreted_pool):
+    found = interpreted_pool.run(go_at_low_latency, num_ranks=NUM_RANKS)
+    assert found == [{0, 1, 2, 3}] * NUM_RANKS, "both zones, there and back"
+
+
+def test_high_throughput_rounds_begin_again(interpreted_pool):
+    found = interpreted_pool.run(go_at_high_throughput, num_ranks=NUM_RANKS)
+    assert found == [{4, 5, 6, 7}] * NUM_RANKS, "route, send, place and combine"
