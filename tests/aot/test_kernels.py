@@ -62,6 +62,7 @@ ON_90 = {
 }
 SPILLING = (
     "combine_experts",
+    "combine_experts fp32",
     "combine_experts logfmt",
     "combine_experts of slabs, given compact rows",
     "dispatch_experts int8",

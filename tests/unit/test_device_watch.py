@@ -12,6 +12,7 @@ from crossdock.device.watch import Report, State
 from crossdock.errors import PeerTimeoutError, TransportError
 from crossdock.ops.triton import (
     expert_rows,
+    expert_sends,
     expert_sums,
     links,
     rank_places,
@@ -48,7 +49,7 @@ def come_to(**rounds: int) -> list[list[int]]:
     ("state", "phase", "said"),
     [
         (State.LOW_LATENCY_DISPATCH, expert_rows.COUNTS, "low latency dispatch 13 route"),
-        (State.LOW_LATENCY_DISPATCH, expert_rows.CREDIT, "low latency dispatch 13 send"),
+        (State.LOW_LATENCY_DISPATCH, expert_sends.CREDIT, "low latency dispatch 13 send"),
         (State.LOW_LATENCY_DISPATCH + 1, expert_rows.ROWS, "low latency dispatch 14 land"),
         (State.LOW_LATENCY_COMBINE, expert_sums.WEIGHTS, "low latency combine 13 route"),
         (State.LOW_LATENCY_COMBINE + 1, expert_sums.SUMS, "low latency combine 14 land"),

@@ -15,6 +15,7 @@ import torch
 from crossdock.errors import PeerTimeoutError, TransportError
 from crossdock.ops.triton import (
     expert_rows,
+    expert_sends,
     expert_sums,
     rank_places,
     rank_routes,
@@ -30,7 +31,7 @@ _PHASES = MappingProxyType(
     {
         int(expert_rows.COUNTS.value): "route",
         int(expert_rows.ROWS.value): "land",
-        int(expert_rows.CREDIT.value): "send",
+        int(expert_sends.CREDIT.value): "send",
         int(expert_sums.WEIGHTS.value): "route",
         int(expert_sums.SUMS.value): "land",
         int(expert_sums.CREDIT.value): "send",

@@ -26,6 +26,8 @@ from crossdock.ops.triton.quantize import load_log, load_ranges, round_sum, stor
 from crossdock.ops.triton.sync import (
     draw_ticket,
     enter,
+    has_credit,
+    look_for_credit,
     post_rounds,
     raise_flags,
     tagged,
@@ -128,8 +130,8 @@ def combine_experts(chosen, returned, link, zone, call, P: tl.constexpr, G: tl.c
     """Send the sums of this rank's experts, and add up those that come; see the module."""
     TELLERS: tl.constexpr = 1 + P.tellers
     TIMERS: tl.constexpr = G.size if P.counts_waits else 0
-    ticket, number = draw_ticket(link, TELLERS + call.num_senders + TIMERS + call.num_reducers)
     own = heap_of(link, link.rank)
+    ticket, number = draw_ticket(link, TELLERS + call.num_senders + TIMERS + call.num_reducers)
     takes_part = tl.cast(1, tl.int1)
     if G.can_shrink:
         takes_part = is_masked(link, link.rank) == 0
@@ -138,11 +140,9 @@ def combine_experts(chosen, returned, link, zone, call, P: tl.constexpr, G: tl.c
             enter(link, number, G)
             post_rounds(link, number, 4, G)
     elif ticket < TELLERS:
-        wait_for_credit(own, link.kind, number, link, CREDIT, G)
-        if takes_part:
+        if wait_for_credit(own, link.kind, number, link, CREDIT, G) & takes_part:
             _send_weights(ticket - 1, chosen, link, zone, call, number, P, G)
     elif ticket < TELLERS + call.num_senders:
-        wait_for_credit(own, link.kind, number, link, CREDIT, G)
         peer = tl.arange(0, G.padded)
         words = words_at(returned.src_info, 4) + returned.num_sent + peer
         num_sent = tl.load(words, mask=(peer < G.size) & takes_part, other=0)
@@ -235,6 +235,7 @@ def _send_sum(
     own, returned, src, token, link, zone, call, number, P: tl.constexpr, G: tl.constexpr
 ):
     """Add up what the experts here have for a token, weighted, and send it to its rank."""
+    credit = look_for_credit(own, link.kind, link, G)
     slot = tl.arange(0, P.padded_topk)
     lane = tl.arange(0, P.padded)
     word = (src * call.num_slots + token) * P.num_topk + slot
@@ -246,7 +247,7 @@ def _send_sum(
         chosen = rows >= 0
         nth = tl.cumsum(chosen.to(tl.int32), 0) - 1
         first, second = chosen & (nth == 0), chosen & (nth == 1)
-        # Loaded while the weights are on their way.
+        # Loaded while the weights, and word that sums may be written, are on their way.
         term, other = _term(returned, rows, first, lane, P), _term(returned, rows, second, lane, P)
         weights = _weights(own, returned, word, rows, src, link, zone, number, P, G)
         total = term * tl.sum(tl.where(first, weights, 0.0))
@@ -259,9 +260,10 @@ def _send_sum(
             total += other * tl.sum(tl.where(second, weights, 0.0))
         begin = tl.cast(link.rank * call.num_slots + token, tl.int64) * P.stride
         base = heap_of(link, src)
-        _store_sum(base + zone.landing + begin, total, P, G)
-        flag = words_at(base + zone.flags, 4) + link.rank * call.num_slots + token
-        raise_flags(flag, None, number)
+        if has_credit(credit, own, link.kind, number, link, CREDIT, G):
+            _store_sum(base + zone.landing + begin, total, P, G)
+            flag = words_at(base + zone.flags, 4) + link.rank * call.num_slots + token
+            raise_flags(flag, None, number)
 
 
 @triton.jit

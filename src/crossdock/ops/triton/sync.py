@@ -39,6 +39,8 @@ __all__ = [
     "condemn",
     "draw_ticket",
     "enter",
+    "has_credit",
+    "look_for_credit",
     "post_credit",
     "post_rounds",
     "raise_flags",
@@ -317,7 +319,19 @@ def enter(link, number, G: tl.constexpr):
 
 
 @triton.jit
-def wait_for_credit(own, kind, number, link, phase, G: tl.constexpr):
+def look_for_credit(own, kind, link, G: tl.constexpr):
+    """Which round every rank has behind it, for `has_credit`: while it looks, rows can be loaded.
+
+    Without acquire, for which they would wait: nothing is read that others wrote, and what is
+    written depends on what was seen.
+    """
+    rank = tl.arange(0, G.padded)
+    words = words_at(own + link.credits, 4) + rank * G.num_states + kind
+    return tl.load(words, mask=rank < G.size, other=0, volatile=True)
+
+
+@triton.jit
+def has_credit(seen, own, kind, number, link, phase, G: tl.constexpr):
     """Wait until every rank has the round before this one behind it, so that it reads no more.
 
     Returns whether all that are counted on have: where a wait failed, nobody may write to what they
@@ -326,8 +340,14 @@ def wait_for_credit(own, kind, number, link, phase, G: tl.constexpr):
     rank = tl.arange(0, G.padded)
     words = words_at(own + link.credits, 4) + rank * G.num_states + kind
     asked = rank < G.size
-    seen = _look(words, asked, CREDIT)
     seen, _ = _wait(seen, words, asked, rank, number - 1, link, phase, G, CREDIT, 0)
     if G.can_shrink:
         asked = asked & is_counted_on(link, rank)
     return tl.max((asked & _is_late(seen, number - 1, CREDIT, 0)).to(tl.int32)) == 0
+
+
+@triton.jit
+def wait_for_credit(own, kind, number, link, phase, G: tl.constexpr):
+    """The same, with nothing to do meanwhile."""
+    seen = look_for_credit(own, kind, link, G)
+    return has_credit(seen, own, kind, number, link, phase, G)
