@@ -291,19 +291,19 @@ def _store_placed(
     slot = tl.arange(0, E.padded_topk)
     scale = tl.arange(0, ROW.padded_scales)
     NUM: tl.constexpr = num_pieces(ROW.num_words, ROW.words)
-    K: tl.constexpr = E.num_topk
-    for k in tl.static_range(K):
-        row = tl.sum(tl.where(slot == k, rows, 0))
-        if (row >= 0) & (tl.max(((rows == row) & (slot < k)).to(tl.int32)) == 0):
-            to = words_at(slabs.payload + row.to(tl.int64) * ROW.num_bytes, ROW.word)
-            for nth in tl.static_range(NUM):
-                store_piece(to, nth, payload[nth], True, ROW.num_words, ROW.words)
-            if ROW.num_scales:
-                slab_rows = G.size * call.num_slots
-                begin = row.to(tl.int64) * slabs.scale_row
-                if not E.compact:
-                    begin = (row // slab_rows).to(tl.int64) * slabs.scale_expert
-                    begin += (row % slab_rows) * slabs.scale_row
-                to = slabs.scales + 4 * begin
-                words = words_at(to, 4) + scale.to(tl.int64) * slabs.scale_column
-                tl.store(words, scales, mask=scale < ROW.num_scales)
+    is_same = (rows[:, None] == rows[None, :]) & (slot[None, :] < slot[:, None])
+    is_first = (rows >= 0) & (tl.max(is_same.to(tl.int32), 1) == 0)
+    nth = tl.cumsum(is_first.to(tl.int32), 0)
+    for n in range(1, tl.max(nth) + 1):
+        row = tl.sum(tl.where(is_first & (nth == n), rows, 0))
+        to = words_at(slabs.payload + row.to(tl.int64) * ROW.num_bytes, ROW.word)
+        for piece in tl.static_range(NUM):
+            store_piece(to, piece, payload[piece], True, ROW.num_words, ROW.words)
+        if ROW.num_scales:
+            slab_rows = G.size * call.num_slots
+            begin = row.to(tl.int64) * slabs.scale_row
+            if not E.compact:
+                begin = (row // slab_rows).to(tl.int64) * slabs.scale_expert
+                begin += (row % slab_rows) * slabs.scale_row
+            words = words_at(slabs.scales + 4 * begin, 4) + scale.to(tl.int64) * slabs.scale_column
+            tl.store(words, scales, mask=scale < ROW.num_scales)
