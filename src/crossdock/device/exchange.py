@@ -4,7 +4,7 @@ The same verbs as `crossdock.exchange`, and the same results. The host waits onc
 rows in a first dispatch with exact sizes; rows are on their way by then. Sending runs beside
 placing, on a stream of its own.
 
-T tokens here, K top-k, R ranks, L local experts, N received rows, C chunks.
+T tokens here, K top-k, R ranks, L local experts, N received rows.
 """
 
 from __future__ import annotations

@@ -44,6 +44,7 @@ _FEW_CHOICES, _FEW_EXPERTS = 16, 256
 _FEW_RANKS = 4
 """The rows of more ranks do not fit into registers when so many are added up at once."""
 _FEW_SENDERS = 24
+"""Each has so many rows to send that the last ones of a larger piece are not what is waited for."""
 _DTYPES = MappingProxyType(
     {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 )
@@ -314,7 +315,8 @@ class Shares(NamedTuple):
 def shares(num_sms: int, *, senders: int = 0, back: bool = False, viewed: bool = False) -> Shares:
     """A third of the programs keeps the link busy; more than 32 do no good.
 
-    Half of them, and up to 64, where nothing is placed, and on the way back.
+    Half of them, and up to 64, where nothing is placed, and on the way back. At the beginning of a
+    dispatch one more for each rank numbers the rows, for some microseconds.
 
     Args:
         num_sms: programs in all.

@@ -3,7 +3,7 @@
 Rows are sent by one kernel, beside which two others count and place them. Which of them a verb
 needs, and where rows are placed, is `exchange`'s matter.
 
-T tokens here, K top-k, R ranks, M slots for the rows of a rank, N received rows, C chunks.
+T tokens here, K top-k, R ranks, M slots for the rows of a rank, N received rows.
 """
 
 from __future__ import annotations
