@@ -8,10 +8,14 @@ it. Each rank has a GPU, and for each group of ranks an NCCL group.
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import inspect
 import random
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
 from unittest import mock
 
@@ -21,6 +25,7 @@ import torch.distributed as dist
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from crossdock import Buffer
+from crossdock.device import launch
 from crossdock.worlds import Pool
 from tests.worlds import (
     device_worlds,
@@ -65,7 +70,7 @@ def _on_gpu(everyone: Any, num_ranks: int, fn: Callable[..., Any], *args: Any) -
     group = nccl_group(everyone, num_ranks)
     if dist.get_rank() >= num_ranks:
         return None
-    with adapted(CudaBuffer), device_worlds.poisoned_landings():
+    with adapted(CudaBuffer), device_worlds.poisoned_landings(), compiled_once():
         result = fn(group, *args)
         torch.cuda.synchronize()
         return result
@@ -77,6 +82,22 @@ def nccl_group(everyone: Any, num_ranks: int) -> dist.ProcessGroup:
     if key not in _MADE:
         _MADE[key] = dist.new_group(list(range(num_ranks)), backend="nccl")
     return _MADE[key]
+
+
+@contextmanager
+def compiled_once() -> Iterator[None]:
+    """What one process compiles, the others find in Triton's cache: they wait for it."""
+    compile_here, folder = launch.Kernel._compile, Path(gettempdir()) / "crossdock-gpu-tests"
+    folder.mkdir(exist_ok=True)
+
+    def compile_in_turn(kernel: launch.Kernel, arguments: Any) -> Any:
+        told = repr((kernel._function.__name__, kernel._constants, kernel._num_warps))
+        with (folder / hashlib.sha256(told.encode()).hexdigest()).open("w") as mine:
+            fcntl.flock(mine, fcntl.LOCK_EX)
+            return compile_here(kernel, arguments)
+
+    with mock.patch.object(launch.Kernel, "_compile", compile_in_turn):
+        yield
 
 
 @contextmanager
