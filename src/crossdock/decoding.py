@@ -265,7 +265,7 @@ class DecodingCalls:
     def clean_low_latency_buffer(
         self, num_max_dispatch_tokens_per_rank: int, hidden: int, num_experts: int
     ) -> None:
-        """Does nothing: signals only grow, so nothing has to be cleaned between calls.
+        """Does nothing: signals say which call they are of, so nothing has to be cleaned.
 
         Collective: no. Sync: no.
         """

@@ -25,8 +25,8 @@ class Handle(NamedTuple):
             Equal on all ranks.
         channel_prefix_matrix: [R, 1] int32, rows sent to each rank.
         recv_channel_prefix_matrix: [R, 1] int32, rows received from each rank; of a dispatch on
-            GPUs [1 + B, R, 2] int32, the same in `[0, :, 0]`, then for each few tokens of a rank
-            which of its rows are theirs.
+            GPUs [1 + B, R, 2] int32, the same in `[0, :, 0]`, then for each of B groups of few
+            tokens which rows of each rank are theirs.
         recv_src_idx: [N] int32, index of each received row among its source's tokens; [R, M] for
             rows that lie in M slots to each source.
         is_token_in_rank: [T, R] bool, whether a token was sent to a rank.

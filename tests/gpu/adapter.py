@@ -15,7 +15,6 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from tempfile import gettempdir
 from typing import Any
 from unittest import mock
 
@@ -25,7 +24,6 @@ import torch.distributed as dist
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from crossdock import Buffer
-from crossdock.device import launch
 from crossdock.worlds import Pool
 from tests.worlds import (
     device_worlds,
@@ -87,10 +85,14 @@ def nccl_group(everyone: Any, num_ranks: int) -> dist.ProcessGroup:
 @contextmanager
 def compiled_once() -> Iterator[None]:
     """What one process compiles, the others find in Triton's cache: they wait for it."""
-    compile_here, folder = launch.Kernel._compile, Path(gettempdir()) / "crossdock-gpu-tests"
-    folder.mkdir(exist_ok=True)
+    from triton import knobs
 
-    def compile_in_turn(kernel: launch.Kernel, arguments: Any) -> Any:
+    from crossdock.device import launch
+
+    compile_here, folder = launch.Kernel._compile, Path(knobs.cache.dir) / "locks"
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def compile_in_turn(kernel: Any, arguments: Any) -> Any:
         told = repr((kernel._function.__name__, kernel._constants, kernel._num_warps))
         with (folder / hashlib.sha256(told.encode()).hexdigest()).open("w") as mine:
             fcntl.flock(mine, fcntl.LOCK_EX)

@@ -82,6 +82,20 @@ def test_all_that_did_not_come_are_named_also_where_one_alone_was_waited_for() -
     assert report_of({0: at}).error(1.0, come_to(rank_1=4), REASONS.__getitem__).missing == [0, 2]
 
 
+LAST, FIRST = 2**31 - 1, -(2**31)
+"""Numbers of rounds on a device, one after the other."""
+
+
+def test_behind_the_last_number_the_first_one_is_later() -> None:
+    at = (State.COMBINE, int(rank_sums.SUMS.value))
+    entered = come_to(rank_0=LAST, rank_1=FIRST, rank_2=LAST)
+    assert report_of({2: (*at, LAST)}).error(1.0, entered, REASONS.__getitem__).missing == [2]
+    error = report_of({2: (*at, FIRST)}).error(1.0, entered, REASONS.__getitem__)
+    assert error.missing == [0, 2]
+    assert error.epoch == LAST + 1
+    assert error.peers[1].endswith(f"combine {LAST + 1}")
+
+
 def test_where_all_came_those_are_named_whose_rows_are_missing() -> None:
     at = (State.COMBINE, int(rank_sums.SUMS.value), 4)
     everybody = come_to(rank_0=4, rank_1=4, rank_2=4)

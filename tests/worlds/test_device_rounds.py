@@ -99,3 +99,25 @@ def test_low_latency_rounds_begin_again(interpreted_pool):
 def test_high_throughput_rounds_begin_again(interpreted_pool):
     found = interpreted_pool.run(go_at_high_throughput, num_ranks=NUM_RANKS)
     assert found == [{4, 5, 6, 7}] * NUM_RANKS, "route, send, place and combine"
+
+
+def ask_for_each(_: Any) -> list[tuple[bool, list[int]]]:
+    from tests.worlds.round_kernels import may_write
+
+    return [may_write(number, behind) for number, behind, _ in ASKED]
+
+
+LAST, FIRST = 2**31 - 1, -(2**31)
+ASKED = [
+    (7, [6, 6, 9], (True, [])),
+    (7, [6, 5, 6], (False, [1])),
+    (FIRST, [LAST, LAST, FIRST], (True, [])),
+    (FIRST, [LAST, LAST - 1, LAST], (False, [1])),
+    (FIRST + 9, [FIRST + 8, FIRST + 8, LAST], (False, [2])),
+    (-5, [-6, -6, -7], (False, [2])),
+]
+"""Number of a round, rounds that ranks have behind them, whether one may write, who is late."""
+
+
+def test_nobody_writes_before_all_are_through(interpreted_pool):
+    assert interpreted_pool.run(ask_for_each, num_ranks=1) == [[told for *_, told in ASKED]]

@@ -67,6 +67,8 @@ _OPERATIONS = (
     ("dispatch", 1, 0),
     ("combine", 1, 0),
 )
+_ROUNDS = 1 << 32
+"""Numbers of rounds; on a device the second half of them is negative."""
 
 
 def host_memory(num_words: int, device: torch.device) -> torch.Tensor:
@@ -75,11 +77,16 @@ def host_memory(num_words: int, device: torch.device) -> torch.Tensor:
     return words.pin_memory() if device.type == "cuda" else words
 
 
+def _is_before(round_: int, number: int) -> bool:
+    """Whether a round is before another one; numbers begin again behind the largest."""
+    return 0 < (number - round_) % _ROUNDS < _ROUNDS // 2
+
+
 def _describe(rounds: Sequence[int]) -> str:
     """What a rank has come to, in words."""
     named: dict[str, int] = {}
     for (name, _, _), number in zip(_OPERATIONS, rounds, strict=True):
-        named[name] = named.get(name, 0) + number
+        named[name] = named.get(name, 0) + number % _ROUNDS
     told = [f"{name} {number}" for name, number in named.items() if number]
     return f"has come to {', '.join(told)}" if told else "nothing yet"
 
@@ -125,13 +132,13 @@ class Report:
         if not late:
             rank = failed - GAVE_UP
             return TransportError(f"rank {rank} gave up in the middle of a call: {reason_of(rank)}")
-        kind, number = (words[late[0]] >> 8) & 0xFF, words[late[0]] >> 32
+        kind, number = (words[late[0]] >> 8) & 0xFF, (words[late[0]] >> 32) % _ROUNDS
         name, step, offset = _OPERATIONS[kind]
         epoch = (number - 1) * step + offset + 1
         if words[late[0]] & 0xFF == row_checks.DAMAGE.value:
             return TransportError(f"{name} {epoch}: rows of ranks {late} have come damaged")
         called = State.SEND if kind == State.PLACE else kind
-        absent = [rank for rank, rounds in enumerate(entered) if rounds[called] < number]
+        absent = [rank for rank, rounds in enumerate(entered) if _is_before(rounds[called], number)]
         return PeerTimeoutError(
             absent or late,
             operation=name,

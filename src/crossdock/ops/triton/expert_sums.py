@@ -24,6 +24,7 @@ from crossdock.ops.triton.links import Address, heap_of, heaps_of, row_at, words
 from crossdock.ops.triton.masked import is_masked
 from crossdock.ops.triton.quantize import load_log, load_ranges, round_sum, store_log
 from crossdock.ops.triton.sync import (
+    await_tagged,
     draw_ticket,
     enter,
     has_credit,
@@ -34,7 +35,6 @@ from crossdock.ops.triton.sync import (
     time_flags,
     wait_flags,
     wait_for_credit,
-    wait_tagged,
 )
 
 __all__ = ["Chosen", "Partial", "ReturnCall", "ReturnZone", "Returned", "combine_experts"]
@@ -194,14 +194,21 @@ def _term(returned, rows, which, lane, P: tl.constexpr):
 
 @triton.jit
 def _weights(own, returned, word, rows, src, link, zone, number, P: tl.constexpr, G: tl.constexpr):
-    """The weights of a token's choices here: [K] float32."""
+    """The weights of a token's choices here, [K] float32, and whether they are known.
+
+    Those of ranks that are gone on without are 0.
+    """
+    known = tl.full([], True, tl.int1)
     if P.tellers == 0:
-        known = words_at(returned.src_info, 4) + returned.weights + word
-        bits = tl.load(known, mask=rows >= 0, other=0)
+        at = words_at(returned.src_info, 4) + returned.weights + word
+        bits = tl.load(at, mask=rows >= 0, other=0)
     else:
         words = words_at(own + zone.weights, 8) + word
-        bits = wait_tagged(words, rows >= 0, rows * 0 + src, number, link, WEIGHTS, G)
-    return bits.to(tl.float32, bitcast=True)
+        wanted, ranks = rows >= 0, rows * 0 + src
+        bits, come = await_tagged(words, wanted, ranks, number, link, WEIGHTS, G)
+        if not G.can_shrink:
+            known = come
+    return bits.to(tl.float32, bitcast=True), known
 
 
 @triton.jit
@@ -249,7 +256,7 @@ def _send_sum(
         first, second = chosen & (nth == 0), chosen & (nth == 1)
         # Loaded while the weights, and word that sums may be written, are on their way.
         term, other = _term(returned, rows, first, lane, P), _term(returned, rows, second, lane, P)
-        weights = _weights(own, returned, word, rows, src, link, zone, number, P, G)
+        weights, known = _weights(own, returned, word, rows, src, link, zone, number, P, G)
         total = term * tl.sum(tl.where(first, weights, 0.0))
         total += other * tl.sum(tl.where(second, weights, 0.0))
         for pair in range(2, tl.sum(chosen.to(tl.int32)), 2):
@@ -260,7 +267,8 @@ def _send_sum(
             total += other * tl.sum(tl.where(second, weights, 0.0))
         begin = tl.cast(link.rank * call.num_slots + token, tl.int64) * P.stride
         base = heap_of(link, src)
-        if has_credit(credit, own, link.kind, number, link, CREDIT, G):
+        granted = has_credit(credit, own, link.kind, number, link, CREDIT, G)
+        if granted & known:
             _store_sum(base + zone.landing + begin, total, P, G)
             flag = words_at(base + zone.flags, 4) + link.rank * call.num_slots + token
             raise_flags(flag, None, number)
@@ -338,10 +346,11 @@ def _reduce(
         is_there = is_there & _was_there(returned, peer, G)
     words = words_at(own + zone.flags, 4) + peer * call.num_slots + token
     flags = wait_flags(words, is_there, peer, number, link, SUMS, G, 0)
+    has_come = is_there & (flags == number)
     total = tl.zeros([P.padded], tl.float32)
     SIZE: tl.constexpr = G.size
     for r in tl.static_range(SIZE):
-        here = tl.sum(tl.where((peer == r) & is_there, flags, 0)) == number
+        here = tl.max(((peer == r) & has_come).to(tl.int32)) > 0
         begin = tl.cast(r * call.num_slots + token, tl.int64) * P.stride
         total += _load_sum(own + zone.landing + begin, here, P)
     to = chosen.out + tl.cast(token, tl.int64) * (2 * P.hidden)

@@ -1,13 +1,14 @@
 """How programs of different GPUs tell each other where they stand, in Triton.
 
-Two ways, both in words with a single writer that hold the number of a round and only grow, so that
-nothing is ever cleaned. A *flag* is a 32-bit word written with release at system scope after the
-rows it covers, and polled with acquire. A *tagged* word carries 32 bits of data beside the number:
-a plain 64-bit store, polled until the number is right, without a fence, for what is in a hurry.
+Two ways, both in words with a single writer that hold the number of a round, so that nothing is
+ever cleaned. A *flag* is a 32-bit word written with release at system scope after the rows it
+covers, and polled with acquire. A *tagged* word carries 32 bits of data beside the number: a plain
+64-bit store, polled until the number is right, without a fence, for what is in a hurry.
 
-Rounds are counted in device memory. A program draws a *ticket*, which tells it the round and its
-role; who draws the last one of a round opens the next. That nothing is still running from the round
-before follows from the order of launches, so nobody counts finished programs.
+Rounds are counted in device memory, and begin again behind the largest number of 32 bits. A program
+draws a *ticket*, which tells it the round and its role; who draws the last one of a round opens the
+next. That nothing is still running from the round before follows from the order of launches, so
+nobody counts finished programs.
 
 Every wait ends. A rank that is late past the deadline is written to the report, and then either it
 is masked or the whole buffer has failed: later waits end at once, and the host raises.
@@ -30,12 +31,14 @@ from crossdock.ops.triton.links import (
 from crossdock.ops.triton.masked import (
     is_counted_on,
     is_enough,
+    is_masked,
     mask_everywhere,
     may_go_on,
     named,
 )
 
 __all__ = [
+    "await_tagged",
     "condemn",
     "draw_ticket",
     "enter",
@@ -58,7 +61,7 @@ __all__ = [
 TAGGED = tl.constexpr("a tagged word of this round")
 FLAG = tl.constexpr("a flag of this round")
 CREDIT = tl.constexpr("a number of this round, or of a later one")
-"""What is waited for. Numbers of rounds begin again behind the largest, so they are subtracted."""
+"""What is waited for. Which of two numbers is the later one their difference tells."""
 
 
 @triton.jit
@@ -100,11 +103,14 @@ def _look(words, wanted, HOW: tl.constexpr):
 
 
 @triton.jit
-def _is_late(seen, number, HOW: tl.constexpr, SHIFT: tl.constexpr):
+def _is_late(seen, number, HOW: tl.constexpr, SHIFT: tl.constexpr, G: tl.constexpr):
+    """Whether words are of another round; of an earlier one, where a rank may be left behind."""
     if HOW == TAGGED:
         return seen.to(tl.int32) != number
-    elif HOW == FLAG:
+    elif HOW == FLAG and not G.can_shrink:
         return ((seen ^ (number << SHIFT)) >> SHIFT) != 0
+    elif HOW == FLAG:
+        return (number << SHIFT) - ((seen >> SHIFT) << SHIFT) > 0
     else:
         return number - seen > 0
 
@@ -122,15 +128,15 @@ def _wait(
     HOW: tl.constexpr,
     SHIFT: tl.constexpr,
 ):
-    """What the words hold once all wanted ones have come, 0 where one has not; and how long.
+    """What the words hold once all wanted ones have come, and how long it took.
 
-    `seen` is what they held at the first look.
+    Where one has not come: 0, of a credit the number before. `seen` is what they held at first.
     """
     if G.can_shrink:
         wanted = wanted & is_counted_on(link, ranks)
         seen = tl.where(wanted, seen, 0)
     spent = tl.cast(0, tl.int64)
-    late = wanted & _is_late(seen, number, HOW, SHIFT)
+    late = wanted & _is_late(seen, number, HOW, SHIFT, G)
     if tl.max(late.to(tl.int32)) > 0:
         watch = words_at(heap_of(link, link.rank), 8)
         failed = tl.load(watch + FAILED, volatile=True)
@@ -141,7 +147,7 @@ def _wait(
         while waiting:
             polls += 1
             seen = _look(words, wanted, HOW)
-            late = wanted & _is_late(seen, number, HOW, SHIFT)
+            late = wanted & _is_late(seen, number, HOW, SHIFT, G)
             if G.can_shrink:
                 late = late & is_counted_on(link, ranks)
             failed = tl.load(watch + FAILED, volatile=True)
@@ -152,7 +158,9 @@ def _wait(
         if (tl.max(late.to(tl.int32)) > 0) & (failed == 0):
             _give_up(late, ranks, number, link, watch, phase, G)
         _note_failure(watch, G)
-        seen = tl.where(wanted & _is_late(seen, number, HOW, SHIFT), 0, seen)
+        late = wanted & _is_late(seen, number, HOW, SHIFT, G)
+        nothing = number - 1 if HOW == CREDIT else number * 0
+        seen = tl.where(late, nothing.to(seen.dtype), seen)
         spent = ((_now(polls, G) - begin) // TICK).to(tl.int64)
     tl.debug_barrier()
     return seen, spent
@@ -227,6 +235,15 @@ def time_tagged(words, wanted, ranks, number, link, phase, G: tl.constexpr):
     seen = _look(words, wanted, TAGGED)
     seen, spent = _wait(seen, words, wanted, ranks, number, link, phase, G, TAGGED, 0)
     return (seen >> 32).to(tl.int32), spent
+
+
+@triton.jit
+def await_tagged(words, wanted, ranks, number, link, phase, G: tl.constexpr):
+    """The same data, and whether all of it has come."""
+    seen = _look(words, wanted, TAGGED)
+    seen, _ = _wait(seen, words, wanted, ranks, number, link, phase, G, TAGGED, 0)
+    late = wanted & _is_late(seen, number, TAGGED, 0, G)
+    return (seen >> 32).to(tl.int32), tl.max(late.to(tl.int32)) == 0
 
 
 @triton.jit
@@ -322,8 +339,8 @@ def enter(link, number, G: tl.constexpr):
 def look_for_credit(own, kind, link, G: tl.constexpr):
     """Which round every rank has behind it, for `has_credit`: while it looks, rows can be loaded.
 
-    Without acquire, for which they would wait: nothing is read that others wrote, and what is
-    written depends on what was seen.
+    Without acquire, for which they would wait: nothing is read that others wrote. What is written
+    depends on what was seen, and no GPU stores before it knows whether it should.
     """
     rank = tl.arange(0, G.padded)
     words = words_at(own + link.credits, 4) + rank * G.num_states + kind
@@ -341,9 +358,10 @@ def has_credit(seen, own, kind, number, link, phase, G: tl.constexpr):
     words = words_at(own + link.credits, 4) + rank * G.num_states + kind
     asked = rank < G.size
     seen, _ = _wait(seen, words, asked, rank, number - 1, link, phase, G, CREDIT, 0)
+    late = asked & _is_late(seen, number - 1, CREDIT, 0, G)
     if G.can_shrink:
-        asked = asked & is_counted_on(link, rank)
-    return tl.max((asked & _is_late(seen, number - 1, CREDIT, 0)).to(tl.int32)) == 0
+        late = (late & is_counted_on(link, rank)) | is_masked(link, link.rank)
+    return tl.max(late.to(tl.int32)) == 0
 
 
 @triton.jit
