@@ -5,7 +5,7 @@ A buffer of a server makes that many calls within days, so here it begins shortl
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -19,6 +19,7 @@ BEHIND = 2**31 - 3
 """Rounds that every rank has behind it, of every operation."""
 NUM_ROUNDS = 8
 NUM_RANKS, NUM_TOKENS, HIDDEN = 2, 3, 64
+NOT_MANY = (NUM_TOKENS,) * NUM_RANKS
 
 
 @contextmanager
@@ -47,11 +48,29 @@ def begun_again(heaps: list[Generation]) -> set[int]:
     return set((heaps[-1].states < 0).nonzero().flatten().tolist())
 
 
-def make_tokens(rank: int, nth: int) -> tuple[torch.Tensor, torch.Tensor]:
+def make_tokens(rank: int, nth: int, num: int = NUM_TOKENS) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens that no other rank and no other round has, and one expert for each."""
-    tokens = 100.0 * rank + 10 * nth + torch.arange(NUM_TOKENS)
-    x = tokens[:, None].expand(NUM_TOKENS, HIDDEN).bfloat16().contiguous()
-    return x, torch.tensor([[0], [1], [(rank + nth) % NUM_RANKS]])
+    tokens = 100.0 * rank + 10 * nth + torch.arange(num) % 10
+    x = tokens[:, None].expand(num, HIDDEN).bfloat16().contiguous()
+    return x, (torch.arange(num) + rank * nth)[:, None] % NUM_RANKS
+
+
+def dispatch_and_combine(buffer: Buffer, nth: int, num_tokens: Sequence[int] = NOT_MANY) -> None:
+    """A round of high-throughput calls, judged."""
+    made = [make_tokens(rank, nth, num) for rank, num in enumerate(num_tokens)]
+    x, idx = made[buffer.rank]
+    per_rank, _, per_expert, in_rank, _ = buffer.get_dispatch_layout(idx, NUM_RANKS)
+    here, _, _, _, handle, _ = buffer.dispatch(
+        x,
+        num_tokens_per_rank=per_rank,
+        is_token_in_rank=in_rank,
+        num_tokens_per_expert=per_expert,
+        topk_idx=idx,
+        topk_weights=torch.ones(len(x), 1),
+    )
+    assert torch.equal(here, torch.cat([x[idx[:, 0] == buffer.rank] for x, idx in made])), nth
+    back, _, _ = buffer.combine(here, handle)
+    assert torch.equal(back, x), nth
 
 
 def go_at_low_latency(group: Any) -> set[int]:
@@ -73,22 +92,25 @@ def go_at_low_latency(group: Any) -> set[int]:
 def go_at_high_throughput(group: Any) -> set[int]:
     with open_late(group) as (buffer, heaps):
         for nth in range(NUM_ROUNDS):
-            x, idx = make_tokens(buffer.rank, nth)
-            per_rank, _, per_expert, in_rank, _ = buffer.get_dispatch_layout(idx, NUM_RANKS)
-            here, _, _, _, handle, _ = buffer.dispatch(
-                x,
-                num_tokens_per_rank=per_rank,
-                is_token_in_rank=in_rank,
-                num_tokens_per_expert=per_expert,
-                topk_idx=idx,
-                topk_weights=torch.ones(NUM_TOKENS, 1),
-            )
-            everywhere = [make_tokens(rank, nth) for rank in range(NUM_RANKS)]
-            sent = torch.cat([x[idx[:, 0] == buffer.rank] for x, idx in everywhere])
-            assert torch.equal(here, sent), nth
-            back, _, _ = buffer.combine(here, handle)
-            assert torch.equal(back, x), nth
+            dispatch_and_combine(buffer, nth)
         return begun_again(heaps)
+
+
+def go_back_to_the_old_heap(group: Any) -> None:
+    """As a replay of a graph does, which is part of a heap that the buffer has left since."""
+    with Buffer(group, transport="device", timeout_s=5, first_call_timeout_s=5) as buffer:
+        dispatch_and_combine(buffer, nth=0)
+        memory = buffer._low_latency._engine._memory
+        old = memory.current
+        dispatch_and_combine(buffer, nth=1, num_tokens=[10 * NUM_TOKENS, NUM_TOKENS])
+        assert memory.current is not old
+        memory.current = old
+        for nth in range(2, 5):
+            dispatch_and_combine(buffer, nth=nth)
+
+
+def test_who_had_no_room_is_in_step_with_who_had(interpreted_pool):
+    interpreted_pool.run(go_back_to_the_old_heap, num_ranks=NUM_RANKS)
 
 
 def test_low_latency_rounds_begin_again(interpreted_pool):

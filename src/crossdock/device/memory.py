@@ -273,6 +273,13 @@ class Generation:
         """Whether a call has not been received."""
         return bool(self._held)
 
+    def skip_round(self, state: int) -> None:
+        """Count a round of an operation as over that others have made in this heap, or skip too.
+
+        Graphs that are a part of it then find all ranks in step.
+        """
+        self.states[state] += 1 << 32
+
     def welcome_of(self, rank: int) -> torch.Tensor:
         """What a rank is told when it returns: a row for each rank that tells, int64."""
         begin, num_ranks = self.plan.welcome, len(self.heap.addresses)

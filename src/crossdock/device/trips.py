@@ -183,9 +183,14 @@ class Trip:
     def enlarge(self, most: int) -> None:
         """Move on to a heap with room for this many tokens of a rank, and for some more.
 
+        What was sent to the one before nobody places.
+
         Collective: all ranks. Sync: waits for them.
         """
         have = self.memory.capacity.num_tokens
+        self.memory.skip_round(State.PLACE)
+        if not self.has_room:
+            self.memory.skip_round(State.SEND)
         roomy = align(most * 5 // 4 if have else most, UNIT)
         self.memory = self._engine.memory(DeviceCapacity(num_tokens=roomy))
         learned = self._chunks[0]
