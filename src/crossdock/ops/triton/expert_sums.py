@@ -24,7 +24,6 @@ from crossdock.ops.triton.links import Address, heap_of, heaps_of, row_at, words
 from crossdock.ops.triton.masked import is_masked
 from crossdock.ops.triton.quantize import load_log, load_ranges, round_sum, store_log
 from crossdock.ops.triton.sync import (
-    await_tagged,
     draw_ticket,
     enter,
     has_credit,
@@ -33,6 +32,7 @@ from crossdock.ops.triton.sync import (
     raise_flags,
     tagged,
     time_flags,
+    wait_all_tagged,
     wait_flags,
     wait_for_credit,
 )
@@ -205,7 +205,7 @@ def _weights(own, returned, word, rows, src, link, zone, number, P: tl.constexpr
     else:
         words = words_at(own + zone.weights, 8) + word
         wanted, ranks = rows >= 0, rows * 0 + src
-        bits, come = await_tagged(words, wanted, ranks, number, link, WEIGHTS, G)
+        bits, come = wait_all_tagged(words, wanted, ranks, number, link, WEIGHTS, G)
         if not G.can_shrink:
             known = come
     return bits.to(tl.float32, bitcast=True), known

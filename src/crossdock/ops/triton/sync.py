@@ -38,7 +38,6 @@ from crossdock.ops.triton.masked import (
 )
 
 __all__ = [
-    "await_tagged",
     "condemn",
     "draw_ticket",
     "enter",
@@ -52,6 +51,7 @@ __all__ = [
     "tagged",
     "time_flags",
     "time_tagged",
+    "wait_all_tagged",
     "wait_flags",
     "wait_for_credit",
     "wait_here",
@@ -238,7 +238,7 @@ def time_tagged(words, wanted, ranks, number, link, phase, G: tl.constexpr):
 
 
 @triton.jit
-def await_tagged(words, wanted, ranks, number, link, phase, G: tl.constexpr):
+def wait_all_tagged(words, wanted, ranks, number, link, phase, G: tl.constexpr):
     """The same data, and whether all of it has come."""
     seen = _look(words, wanted, TAGGED)
     seen, _ = _wait(seen, words, wanted, ranks, number, link, phase, G, TAGGED, 0)
