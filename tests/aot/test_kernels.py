@@ -65,6 +65,7 @@ SPILLING = (
     "combine_experts fp32",
     "combine_experts logfmt",
     "combine_experts of slabs, given compact rows",
+    "dispatch_experts bf16, compact",
     "dispatch_experts int8",
 )
 """Which still keep a few registers on the stack, on one of the architectures or Triton versions."""

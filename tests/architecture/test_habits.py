@@ -1,4 +1,4 @@
-"""What the code does not do: assert, keep state in modules, reach into torch's private parts."""
+"""What the code does not do: assert, share state, reach into torch, look at what may change."""
 
 from __future__ import annotations
 
@@ -22,6 +22,9 @@ ALLOWED_STATE = {("crossdock/autograd.py", "WeakValueDictionary")}
 
 PRIVATE_TORCH = {"crossdock/transports/heap_cuda.py"}
 """Symmetric memory has no public name yet; the file says which versions it was written for."""
+
+LOOKING = {f"crossdock/ops/triton/{name}.py" for name in ("masked", "sync")}
+"""Where warps that see different values come to agree. See `links.alike`."""
 
 
 def find_asserts(source: Source) -> list[str]:
@@ -55,6 +58,18 @@ def find_private_torch(source: Source) -> list[str]:
         if any(part.startswith("_") and not part.endswith("__") for part in name.split("."))
     ]
     return [source.at(node, f"{name} is private to torch") for node, name in uses]
+
+
+def find_looks(source: Source) -> list[str]:
+    """Loads of what others may be writing: each warp has its own, and branches must not part."""
+    if source.path in LOOKING:
+        return []
+    nodes = (node for node in ast.walk(source.tree) if isinstance(node, ast.Call))
+    return [
+        source.at(node, "volatile: warps may see different values, use links.look_alike")
+        for node in nodes
+        if any(keyword.arg == "volatile" for keyword in node.keywords)
+    ]
 
 
 def _shared_values(body: list[ast.stmt]) -> Iterator[tuple[str, ast.expr]]:
@@ -118,7 +133,7 @@ def _is_torch(name: str) -> bool:
     return name.partition(".")[0] == "torch"
 
 
-CHECKS = [find_asserts, find_globals, find_module_state, find_private_torch]
+CHECKS = [find_asserts, find_globals, find_module_state, find_private_torch, find_looks]
 
 
 @pytest.mark.parametrize("check", CHECKS)
@@ -151,6 +166,7 @@ def test_the_code_is_free_of_it(check):
         (find_private_torch, "import torch._dynamo"),
         (find_private_torch, "def f():\n    from torch._inductor import config"),
         (find_private_torch, "import torch\ngetattr(torch, '_C')"),
+        (find_looks, "def f(p):\n    if tl.load(p, volatile=True):\n        tl.debug_barrier()"),
     ],
 )
 def test_it_would_be_found(check, text):
@@ -164,6 +180,7 @@ def test_it_would_be_found(check, text):
         (find_module_state, "def f():\n    seen = []\n    return seen"),
         (find_private_torch, "import torch\ntorch.__version__\ntorch.nn.functional.silu"),
         (find_private_torch, "from crossdock import _env\n_env.timeout_s()\nself._torch._x"),
+        (find_looks, "def f(p):\n    if look_alike(p):\n        tl.debug_barrier()"),
     ],
 )
 def test_harmless_code_passes(check, text):

@@ -24,7 +24,7 @@ import triton.language as tl
 from crossdock.ops.triton.choices import count_choices
 from crossdock.ops.triton.expert_sends import CREDIT, send_row
 from crossdock.ops.triton.links import heap_of, heaps_of, words_at
-from crossdock.ops.triton.masked import is_counted_on, is_masked, mask_ranks
+from crossdock.ops.triton.masked import is_counted_on, is_left_out, is_masked, mask_ranks
 from crossdock.ops.triton.pieces import load_pieces, num_pieces, store_piece
 from crossdock.ops.triton.sync import (
     draw_ticket,
@@ -64,7 +64,7 @@ def dispatch_experts(
     ticket, number = draw_ticket(link, 3 + TIMERS + call.num_senders + call.num_placers)
     takes_part = tl.cast(1, tl.int1)
     if G.can_shrink:
-        takes_part = is_masked(link, link.rank) == 0
+        takes_part = is_left_out(link) == 0
     if ticket == 0:
         if takes_part:
             enter(link, number, G)
@@ -108,7 +108,7 @@ def _tell(topk_idx, link, zone, call, number, E: tl.constexpr, G: tl.constexpr):
     words = words_at(base + zone.told, 8) + 2 * link.rank
     tl.store(words, tagged(peer * 0 + call.num_tokens, number), mask=peer < G.size)
     if G.can_shrink:
-        bits = tl.sum(tl.where(is_masked(link, peer) & (peer < G.size), 1 << peer, 0))
+        bits = tl.sum(tl.where(is_masked(link, peer, peer < G.size), 1 << peer, 0))
         tl.store(words + 1, tagged(peer * 0 + bits, number), mask=peer < G.size)
     expert = tl.arange(0, E.bins)
     real = expert < G.size * E.local
@@ -179,7 +179,7 @@ def _agree(own, link, zone, call, number, E: tl.constexpr, G: tl.constexpr):
             token = begin + tl.arange(0, E.tokens)
             flags = words_at(own + zone.flags, 4) + src * call.num_slots + token
             wait_flags(flags, token < num, token * 0 + src, number, link, ROWS, G, 1)
-    there = is_counted_on(link, peer) & (peer < G.size)
+    there = is_counted_on(link, peer, G) & (peer < G.size)
     word = words_at(own + zone.told, 8) + 2 * G.size
     tl.store(word, tagged(tl.sum(tl.where(there, 1 << peer, 0)), number))
     return there

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from crossdock.ops.triton.links import Address, heap_of, heaps_of, row_at, words_at
-from crossdock.ops.triton.masked import is_masked
+from crossdock.ops.triton.masked import is_left_out
 from crossdock.ops.triton.quantize import load_log, load_ranges, round_sum, store_log
 from crossdock.ops.triton.sync import (
     draw_ticket,
@@ -134,7 +134,7 @@ def combine_experts(chosen, returned, link, zone, call, P: tl.constexpr, G: tl.c
     ticket, number = draw_ticket(link, TELLERS + call.num_senders + TIMERS + call.num_reducers)
     takes_part = tl.cast(1, tl.int1)
     if G.can_shrink:
-        takes_part = is_masked(link, link.rank) == 0
+        takes_part = is_left_out(link) == 0
     if ticket == 0:
         if takes_part:
             enter(link, number, G)
@@ -205,9 +205,7 @@ def _weights(own, returned, word, rows, src, link, zone, number, P: tl.constexpr
     else:
         words = words_at(own + zone.weights, 8) + word
         wanted, ranks = rows >= 0, rows * 0 + src
-        bits, come = wait_all_tagged(words, wanted, ranks, number, link, WEIGHTS, G)
-        if not G.can_shrink:
-            known = come
+        bits, known = wait_all_tagged(words, wanted, ranks, number, link, WEIGHTS, G)
     return bits.to(tl.float32, bitcast=True), known
 
 

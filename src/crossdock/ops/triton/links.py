@@ -15,8 +15,10 @@ __all__ = [
     "Address",
     "Group",
     "Link",
+    "alike",
     "heap_of",
     "heaps_of",
+    "look_alike",
     "row_at",
     "words_at",
 ]
@@ -114,3 +116,23 @@ def heap_of(link, rank):
 def heaps_of(link, ranks, wanted):
     """The addresses of the heaps of ranks."""
     return tl.load(words_at(link.peers, 8) + ranks, mask=wanted, other=0)
+
+
+THREADS = tl.constexpr(1024)
+"""The most that a program has."""
+
+
+@triton.jit
+def alike(value):
+    """The largest of what the warps of a program have for a number: the same for all of them.
+
+    Each warp loads for itself, so of a word that changes meanwhile they may see different values.
+    No branch may depend on those: where only some warps come to a barrier, it is none.
+    """
+    return tl.max(tl.zeros([THREADS], tl.int32) + value)
+
+
+@triton.jit
+def look_alike(word):
+    """One word that others may write to, the same for all warps: one thread loads it."""
+    return tl.atomic_add(word, 0, sem="relaxed", scope="sys")

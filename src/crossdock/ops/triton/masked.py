@@ -8,11 +8,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from crossdock.ops.triton.links import MASKED, heap_of, heaps_of, words_at
+from crossdock.ops.triton.links import MASKED, alike, heap_of, heaps_of, look_alike, words_at
 
 __all__ = [
     "is_counted_on",
     "is_enough",
+    "is_left_out",
     "is_masked",
     "mask_everywhere",
     "mask_ranks",
@@ -22,18 +23,26 @@ __all__ = [
 
 
 @triton.jit
-def is_counted_on(link, ranks):
+def is_counted_on(link, ranks, G: tl.constexpr):
     """Whether ranks take part, seen from here: none does where the others go on without this."""
-    masked = words_at(heap_of(link, link.rank), 8) + MASKED
-    alone = tl.load(masked + link.rank, volatile=True)
-    return (tl.load(masked + ranks, volatile=True) == 0) & (alone == 0)
+    peer = tl.arange(0, G.padded)
+    is_left = (peer < G.size) & (is_masked(link, peer, peer < G.size) == 0)
+    bits = tl.sum(tl.where(is_left, 1 << peer, 0))
+    bits = alike(tl.where((bits >> link.rank) & 1, bits, 0))
+    return ((bits >> ranks) & 1) != 0
 
 
 @triton.jit
-def is_masked(link, ranks):
+def is_masked(link, ranks, wanted):
     """Whether this rank goes on without ranks, or they without it where it is meant itself."""
     masked = words_at(heap_of(link, link.rank), 8) + MASKED
-    return tl.load(masked + ranks, volatile=True) != 0
+    return tl.load(masked + ranks, mask=wanted, other=0, volatile=True) != 0
+
+
+@triton.jit
+def is_left_out(link):
+    """Whether the others go on without this rank."""
+    return look_alike(words_at(heap_of(link, link.rank), 8) + MASKED + link.rank) != 0
 
 
 @triton.jit

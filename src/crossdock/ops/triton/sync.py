@@ -24,14 +24,16 @@ from crossdock.ops.triton.links import (
     FAILED,
     GAVE_UP,
     REPORT,
+    alike,
     heap_of,
     heaps_of,
+    look_alike,
     words_at,
 )
 from crossdock.ops.triton.masked import (
     is_counted_on,
     is_enough,
-    is_masked,
+    is_left_out,
     mask_everywhere,
     may_go_on,
     named,
@@ -62,6 +64,10 @@ TAGGED = tl.constexpr("a tagged word of this round")
 FLAG = tl.constexpr("a flag of this round")
 CREDIT = tl.constexpr("a number of this round, or of a later one")
 """What is waited for. Which of two numbers is the later one their difference tells."""
+
+COME, GONE, LATE, OVER, BROKEN = (tl.constexpr(n) for n in range(5))
+"""How a wait stands: all is there; all of those that are still counted on; some are late; some are,
+and the deadline has passed; some are, and the buffer has failed."""
 
 
 @triton.jit
@@ -95,11 +101,12 @@ def _now(polls, G: tl.constexpr):
 
 @triton.jit
 def _look(words, wanted, HOW: tl.constexpr):
-    if HOW == TAGGED:
-        return tl.load(words, mask=wanted, other=0, volatile=True)
-    else:
+    """What words hold, 0 for those that are not wanted; of flags the same for all warps."""
+    if HOW == FLAG:
         seen = tl.atomic_add(words, 0, mask=wanted, sem="acquire", scope="sys")
         return tl.where(wanted, seen, 0)
+    else:
+        return tl.load(words, mask=wanted, other=0, volatile=True)
 
 
 @triton.jit
@@ -116,6 +123,22 @@ def _is_late(seen, number, HOW: tl.constexpr, SHIFT: tl.constexpr, G: tl.constex
 
 
 @triton.jit
+def _standing(late, ranks, begin, polls, link, watch, G: tl.constexpr):
+    """How a wait stands, in which the words of some ranks may be late; the same for all warps."""
+    over = _is_over(begin, polls, link, G)
+    if G.can_shrink:
+        is_missed = late & is_counted_on(link, ranks, G)
+        over = over & may_go_on(is_missed, ranks, _now(polls, G) - begin, link, watch, G)
+        standing = tl.maximum(
+            tl.max(late.to(tl.int32)) * GONE, tl.max(is_missed.to(tl.int32)) * LATE
+        )
+    else:
+        standing = tl.max(late.to(tl.int32)) * LATE
+    ended = tl.where(tl.load(watch + FAILED, volatile=True) != 0, BROKEN, over.to(tl.int32) * OVER)
+    return alike(tl.where(standing == LATE, tl.maximum(standing, ended), standing))
+
+
+@triton.jit
 def _wait(
     seen,
     words,
@@ -128,42 +151,40 @@ def _wait(
     HOW: tl.constexpr,
     SHIFT: tl.constexpr,
 ):
-    """What the words hold once all wanted ones have come, and how long it took.
+    """What the words hold once all wanted ones have come, whether they have, and how long it took.
 
-    Where one has not come: 0, of a credit the number before. `seen` is what they held at first.
+    Those of ranks that are gone on without hold 0, and are not missed. `seen` is what the words
+    held at first.
     """
     if G.can_shrink:
-        wanted = wanted & is_counted_on(link, ranks)
+        wanted = wanted & is_counted_on(link, ranks, G)
         seen = tl.where(wanted, seen, 0)
     spent = tl.cast(0, tl.int64)
     late = wanted & _is_late(seen, number, HOW, SHIFT, G)
-    if tl.max(late.to(tl.int32)) > 0:
+    standing = tl.max(late.to(tl.int32)) * LATE
+    if HOW != FLAG:
+        standing = alike(standing)
+    if standing == LATE:
         watch = words_at(heap_of(link, link.rank), 8)
-        failed = tl.load(watch + FAILED, volatile=True)
-        polls = failed * 0
+        polls = number * 0
         begin = _now(polls, G)
-        TICK: tl.constexpr = 1000 if G.is_compiled else 1
-        waiting = failed == 0
-        while waiting:
+        while standing == LATE:
             polls += 1
             seen = _look(words, wanted, HOW)
             late = wanted & _is_late(seen, number, HOW, SHIFT, G)
-            if G.can_shrink:
-                late = late & is_counted_on(link, ranks)
-            failed = tl.load(watch + FAILED, volatile=True)
-            over = _is_over(begin, polls, link, G)
-            if G.can_shrink:
-                over = over & may_go_on(late, ranks, _now(polls, G) - begin, link, watch, G)
-            waiting = (tl.max(late.to(tl.int32)) > 0) & (failed == 0) & (over == 0)
-        if (tl.max(late.to(tl.int32)) > 0) & (failed == 0):
-            _give_up(late, ranks, number, link, watch, phase, G)
+            standing = _standing(late, ranks, begin, polls, link, watch, G)
+        if standing != COME:
+            seen = tl.atomic_add(words, 0, mask=wanted, sem="acquire", scope="sys")
+            late = wanted & _is_late(seen, number, HOW, SHIFT, G)
+            seen = tl.where(wanted & (late == 0), seen, 0)
+            if standing == OVER:
+                standing = _give_up(late, ranks, number, link, watch, phase, G)
         _note_failure(watch, G)
-        late = wanted & _is_late(seen, number, HOW, SHIFT, G)
-        nothing = number - 1 if HOW == CREDIT else number * 0
-        seen = tl.where(late, nothing.to(seen.dtype), seen)
+        TICK: tl.constexpr = 1000 if G.is_compiled else 1
         spent = ((_now(polls, G) - begin) // TICK).to(tl.int64)
-    tl.debug_barrier()
-    return seen, spent
+    if HOW == FLAG:
+        tl.debug_barrier()
+    return seen, standing < LATE, spent
 
 
 @triton.jit
@@ -184,17 +205,19 @@ def _note_failure(watch, G: tl.constexpr):
 
 @triton.jit
 def _give_up(late, ranks, number, link, watch, phase, G: tl.constexpr):
-    """Write down who is missing, and either mask them or let every later wait end at once."""
-    fails = tl.cast(1, tl.int1)
+    """Mask who is missing, or write it down and let every later wait end at once; which of both."""
+    standing = tl.max(late.to(tl.int32)) * BROKEN
     if G.can_shrink:
-        fails = is_enough(late, ranks, watch, G) == 0
-    if fails:
+        late = late & is_counted_on(link, ranks, G)
+        if alike(is_enough(late, ranks, watch, G).to(tl.int32)) != 0:
+            mask_everywhere(named(late, ranks, G), link, G)
+            standing = standing * 0 + GONE
+    if standing == BROKEN:
         word = (number.to(tl.int64) << 32) | (link.kind * 256 + phase)
         report = words_at(tl.load(watch + REPORT), 8)
         tl.store(report + ranks, word + ranks.to(tl.int64) * 0, mask=late)
         tl.store(watch + FAILED, 1)
-    elif G.can_shrink:
-        mask_everywhere(named(late, ranks, G), link, G)
+    return standing
 
 
 @triton.jit
@@ -233,17 +256,16 @@ def wait_tagged(words, wanted, ranks, number, link, phase, G: tl.constexpr):
 def time_tagged(words, wanted, ranks, number, link, phase, G: tl.constexpr):
     """The same, and how long it took: see `time_flags`."""
     seen = _look(words, wanted, TAGGED)
-    seen, spent = _wait(seen, words, wanted, ranks, number, link, phase, G, TAGGED, 0)
+    seen, _, spent = _wait(seen, words, wanted, ranks, number, link, phase, G, TAGGED, 0)
     return (seen >> 32).to(tl.int32), spent
 
 
 @triton.jit
 def wait_all_tagged(words, wanted, ranks, number, link, phase, G: tl.constexpr):
-    """The same data, and whether all of it has come."""
+    """The same data, and whether all has come that is counted on."""
     seen = _look(words, wanted, TAGGED)
-    seen, _ = _wait(seen, words, wanted, ranks, number, link, phase, G, TAGGED, 0)
-    late = wanted & _is_late(seen, number, TAGGED, 0, G)
-    return (seen >> 32).to(tl.int32), tl.max(late.to(tl.int32)) == 0
+    seen, come, _ = _wait(seen, words, wanted, ranks, number, link, phase, G, TAGGED, 0)
+    return (seen >> 32).to(tl.int32), come
 
 
 @triton.jit
@@ -253,7 +275,7 @@ def wait_flags(words, wanted, ranks, number, link, phase, G: tl.constexpr, SHIFT
     Rows that a flag covers may be read after it.
     """
     seen = _look(words, wanted, FLAG)
-    seen, _ = _wait(seen, words, wanted, ranks, number, link, phase, G, FLAG, SHIFT)
+    seen, _, _ = _wait(seen, words, wanted, ranks, number, link, phase, G, FLAG, SHIFT)
     return seen
 
 
@@ -261,7 +283,7 @@ def wait_flags(words, wanted, ranks, number, link, phase, G: tl.constexpr, SHIFT
 def time_flags(words, wanted, ranks, number, link, phase, G: tl.constexpr, SHIFT: tl.constexpr):
     """How long flags were waited for, in microseconds (int64); in the interpreter in polls."""
     seen = _look(words, wanted, FLAG)
-    _, spent = _wait(seen, words, wanted, ranks, number, link, phase, G, FLAG, SHIFT)
+    _, _, spent = _wait(seen, words, wanted, ranks, number, link, phase, G, FLAG, SHIFT)
     return spent
 
 
@@ -282,12 +304,10 @@ def read_flags(words, wanted):
 @triton.jit
 def wait_here(word, number, link, G: tl.constexpr):
     """The data of a tagged word that another program of this kernel writes; 0 if it cannot."""
-    watch = words_at(heap_of(link, link.rank), 8)
-    seen = tl.load(word, volatile=True)
-    failed = tl.load(watch + FAILED, volatile=True)
-    while (seen.to(tl.int32) != number) & (failed == 0):
-        seen = tl.load(word, volatile=True)
-        failed = tl.load(watch + FAILED, volatile=True)
+    failed = words_at(heap_of(link, link.rank), 8) + FAILED
+    seen = look_alike(word)
+    while (seen.to(tl.int32) != number) & (look_alike(failed) == 0):
+        seen = look_alike(word)
     return tl.where(seen.to(tl.int32) == number, (seen >> 32).to(tl.int32), 0)
 
 
@@ -357,11 +377,10 @@ def has_credit(seen, own, kind, number, link, phase, G: tl.constexpr):
     rank = tl.arange(0, G.padded)
     words = words_at(own + link.credits, 4) + rank * G.num_states + kind
     asked = rank < G.size
-    seen, _ = _wait(seen, words, asked, rank, number - 1, link, phase, G, CREDIT, 0)
-    late = asked & _is_late(seen, number - 1, CREDIT, 0, G)
+    _, granted, _ = _wait(seen, words, asked, rank, number - 1, link, phase, G, CREDIT, 0)
     if G.can_shrink:
-        late = (late & is_counted_on(link, rank)) | is_masked(link, link.rank)
-    return tl.max(late.to(tl.int32)) == 0
+        granted = granted & (is_left_out(link) == 0)
+    return granted
 
 
 @triton.jit
