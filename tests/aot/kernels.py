@@ -145,14 +145,14 @@ def compile_shape(capability: int, shape: Shape) -> Compiled:
         constexprs={(len(types) + i,): value for i, value in enumerate(constants)},
     )
     target = GPUTarget("cuda", capability, 32)
-    found = triton.compile(source, target=target, options={"num_warps": kernel._num_warps})
-    wide = Tile(*(num_bytes // (16 * 32 * kernel._num_warps) for num_bytes in tile))
+    found = triton.compile(source, target=target, options=kernel.options)
+    wide = Tile(*(num_bytes // (16 * 32 * kernel.options["num_warps"]) for num_bytes in tile))
     return Compiled(found.asm["ptx"], usage_of(found.asm["cubin"]), wide)
 
 
-def group_of(shape: Shape) -> Group:
+def group_of(shape: Shape, capability: int) -> Group:
     padded = triton.next_power_of_2(shape.num_ranks)
-    return Group(shape.num_ranks, padded, NUM_STATES, is_compiled=True)
+    return Group(shape.num_ranks, padded, NUM_STATES, is_compiled=True, overlaps=capability >= 90)
 
 
 def make_dispatch_experts(shape: Shape, capability: int) -> tuple[Kernel, Tile]:
@@ -169,7 +169,9 @@ def make_dispatch_experts(shape: Shape, capability: int) -> tuple[Kernel, Tile]:
         counts_rows=True,
     )
     use_casts = capability >= 89
-    plan = expert_kernels.plan_dispatch(kind, group_of(shape), back_bytes=0, use_casts=use_casts)
+    plan = expert_kernels.plan_dispatch(
+        kind, group_of(shape, capability), back_bytes=0, use_casts=use_casts
+    )
     row = expert_kernels.expert_row(kind, use_casts=use_casts)
     is_wide = row.word == 16
     encoded = 2 * row.hidden if row.rule and is_wide else 0
@@ -188,7 +190,10 @@ def make_combine_experts(shape: Shape, capability: int) -> tuple[Kernel, Tile]:
         compact=shape.compact,
         x_is_compact=shape.compact != shape.is_turned,
     )
-    group, element = group_of(shape), torch.float32 if shape.is_float else torch.bfloat16
+    group, element = (
+        group_of(shape, capability),
+        torch.float32 if shape.is_float else torch.bfloat16,
+    )
     plan = expert_kernels.plan_combine(kind, group, partials=element)
     partial = expert_kernels.partial_sum(kind, group, is_float=shape.is_float)
     is_wide = partial.aligned and not partial.is_log
@@ -216,19 +221,25 @@ def make_lay_out_tokens(shape: Shape, capability: int) -> tuple[Kernel, Tile]:
 
 
 def make_route_ranks(shape: Shape, capability: int) -> tuple[Kernel, Tile]:
-    kernel = rank_kernels.route_kernel(shape.num_local, group_of(shape), times=shape.counts_waits)
+    kernel = rank_kernels.route_kernel(
+        shape.num_local, group_of(shape, capability), times=shape.counts_waits
+    )
     return kernel, Tile()
 
 
 def make_send_ranks(shape: Shape, capability: int) -> tuple[Kernel, Tile]:
     row = row_of(shape)
-    return rank_kernels.send_kernel(row, group_of(shape), numbers=True), Tile(words_of(row, shape))
+    return rank_kernels.send_kernel(row, group_of(shape, capability), numbers=True), Tile(
+        words_of(row, shape)
+    )
 
 
 def make_place_ranks(shape: Shape, capability: int) -> tuple[Kernel, Tile]:
     """Views are not moved."""
     row = row_of(shape)
-    kernel = rank_kernels.place_kernel(row, group_of(shape), pads=True, times=shape.counts_waits)
+    kernel = rank_kernels.place_kernel(
+        row, group_of(shape, capability), pads=True, times=shape.counts_waits
+    )
     return kernel, Tile(words_of(row, shape) * (not shape.viewed))
 
 
@@ -244,7 +255,7 @@ def make_combine_ranks(shape: Shape, capability: int) -> tuple[Kernel, Tile]:
         num_ranks=shape.num_ranks,
     )
     sums = row.sums * row.padded * element.itemsize if row.word == 16 else 0
-    kernel = rank_kernels.combine_kernel(row, group_of(shape), times=shape.counts_waits)
+    kernel = rank_kernels.combine_kernel(row, group_of(shape, capability), times=shape.counts_waits)
     return kernel, Tile(words_of(row, shape), sums)
 
 

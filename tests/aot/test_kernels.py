@@ -101,6 +101,9 @@ ACQUIRES = {
 RELEASES = ACQUIRES - {"place_ranks"}
 """What raises flags or tells how far it is; placing does neither."""
 
+OVERLAPS = {"dispatch_experts", "combine_experts"}
+FOLLOWS = r"\bgriddepcontrol\.wait;"
+
 Code = Any
 """A `kernels.Compiled`."""
 
@@ -130,7 +133,7 @@ def compiled() -> Iterator[Callable[[str, int], Code]]:
         pool.shutdown(cancel_futures=True)
 
 
-def code_faults(name: str, code: Code) -> list[str]:
+def code_faults(name: str, capability: int, code: Code) -> list[str]:
     """What is wrong with a compiled kernel."""
     kernel, wanted = kernel_of(name), code.wide._asdict()
     faults = []
@@ -145,6 +148,8 @@ def code_faults(name: str, code: Code) -> list[str]:
         faults.append("nothing is released to the system")
     if kernel in ACQUIRES and not count(ACQUIRE, code.ptx):
         faults.append("nothing is acquired from the system")
+    if (kernel in OVERLAPS and capability >= 90) != bool(count(FOLLOWS, code.ptx)):
+        faults.append("it should wait for the kernel before on 9.0 and newer, if it overlaps")
     return faults + re.findall(TOO_NARROW, code.ptx)
 
 
@@ -159,7 +164,7 @@ def is_without_spills(usage: str) -> bool:
 
 @pytest.mark.parametrize(("name", "capability"), CASES)
 def test_kernels_compile_to_what_they_were_written_for(compiled, name, capability):
-    assert not code_faults(name, compiled(name, capability))
+    assert not code_faults(name, capability, compiled(name, capability))
 
 
 MOVED = {
@@ -215,10 +220,10 @@ def test_other_code_would_be_found(compiled, old, new):
     code = compiled("combine_ranks", 90)
     ptx = re.sub(old, new, code.ptx)
     assert ptx != code.ptx
-    assert code_faults("combine_ranks", code._replace(ptx=ptx))
+    assert code_faults("combine_ranks", 90, code._replace(ptx=ptx))
 
 
 @pytest.mark.parametrize("usage", ["REG:255 STACK:8 SHARED:0 LOCAL:0", "REG:9 STACK:0 LOCAL:16"])
 def test_spills_would_be_found(compiled, usage):
     code = compiled("place_ranks bf16", 90)
-    assert code_faults("place_ranks bf16", code._replace(usage=usage))
+    assert code_faults("place_ranks bf16", 90, code._replace(usage=usage))

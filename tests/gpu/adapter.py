@@ -93,7 +93,7 @@ def compiled_once() -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
 
     def compile_in_turn(kernel: Any, arguments: Any) -> Any:
-        told = repr((kernel._function.__name__, kernel._constants, kernel._num_warps))
+        told = repr((kernel._function.__name__, kernel._constants, kernel.options))
         with (folder / hashlib.sha256(told.encode()).hexdigest()).open("w") as mine:
             fcntl.flock(mine, fcntl.LOCK_EX)
             return compile_here(kernel, arguments)

@@ -76,13 +76,16 @@ class Engine:
         self._attempt = Attempt(session, Call(Operation.NONE, 0, 0.0))
         padded = next_power_of_two(self.num_ranks)
         self.group = Group(self.num_ranks, padded, NUM_STATES, is_compiled=not self._interpreted)
-        self.slack_group = self.group._replace(can_shrink=transport.can_shrink)
+        capability = (0, 0) if self._interpreted else torch.cuda.get_device_capability()
+        self.use_casts = capability >= (8, 9)
+        self.slack_group = self.group._replace(
+            can_shrink=transport.can_shrink, overlaps=capability >= (9, 0)
+        )
         self._masks: DeviceMasks | None = None
         if transport.can_shrink:
             self._masks = DeviceMasks(self._memory, self.chain, rank=self.rank)
             transport.masks = self._masks
         self.num_programs = self._processors()
-        self.use_casts = self.device.type == "cuda" and torch.cuda.get_device_capability() >= (8, 9)
 
     def _processors(self) -> int:
         if self._interpreted:

@@ -111,7 +111,14 @@ def plan_dispatch(
 def _dispatch_kernel(
     row: expert_records.ExpertRow, experts: expert_records.Experts, group: Group
 ) -> Kernel:
-    return Kernel(expert_rows.dispatch_experts, row, experts, group, num_warps=_DISPATCH_WARPS)
+    return Kernel(
+        expert_rows.dispatch_experts,
+        row,
+        experts,
+        group,
+        num_warps=_DISPATCH_WARPS,
+        overlaps=group.overlaps,
+    )
 
 
 class CombineShape(NamedTuple):
@@ -170,7 +177,13 @@ def plan_combine(shape: CombineShape, group: Group, *, partials: torch.dtype) ->
 @functools.cache
 def _combine_kernel(partial: expert_sums.Partial, group: Group) -> Kernel:
     num_warps = _LOG_WARPS if partial.is_log else _COMBINE_WARPS
-    return Kernel(expert_sums.combine_experts, partial, group, num_warps=num_warps)
+    return Kernel(
+        expert_sums.combine_experts,
+        partial,
+        group,
+        num_warps=num_warps,
+        overlaps=group.overlaps,
+    )
 
 
 def expert_row(shape: DispatchShape, *, use_casts: bool) -> expert_records.ExpertRow:

@@ -32,12 +32,16 @@ class Kernel:
         function: the Triton function; takes named tuples of numbers, then constants.
         *values: the constants, named tuples or single ones.
         num_warps: of each program.
+        overlaps: whether its programs may come before the kernel before it is over; they then wait
+            for that themselves.
     """
 
-    def __init__(self, function: Any, *values: object, num_warps: int) -> None:
+    def __init__(
+        self, function: Any, *values: object, num_warps: int, overlaps: bool = False
+    ) -> None:
         self._function = function
         self._constants = tuple(constants(v) if isinstance(v, tuple) else v for v in values)
-        self._num_warps = num_warps
+        self.options = {"num_warps": num_warps} | ({"launch_pdl": True} if overlaps else {})
         self._start: _Start | None = None
         self._interpreted = _env.interprets_kernels()
         self._marks = _env.marks_launches()
@@ -90,9 +94,7 @@ class Kernel:
     def _compile(self, arguments: tuple[tuple[int, ...], ...]) -> Any:
         """The kernel for numbers that are nothing in particular."""
         models = [model_of(type(argument)) for argument in arguments]
-        return self._function.warmup(
-            *models, *self._constants, grid=(1,), num_warps=self._num_warps
-        )
+        return self._function.warmup(*models, *self._constants, grid=(1,), **self.options)
 
 
 def starter(compiled: Any, constants: tuple[object, ...]) -> _Start:

@@ -29,6 +29,7 @@ from crossdock.ops.triton.pieces import load_pieces, num_pieces, store_piece
 from crossdock.ops.triton.sync import (
     draw_ticket,
     enter,
+    follow,
     post_rounds,
     read_flags,
     read_tagged,
@@ -60,6 +61,7 @@ def dispatch_experts(
 ):
     """Send this rank's rows, and place those that come; see the module."""
     TIMERS: tl.constexpr = G.size if E.counts_waits else 0
+    follow(G)
     own = heap_of(link, link.rank)
     ticket, number = draw_ticket(link, 3 + TIMERS + call.num_senders + call.num_placers)
     takes_part = tl.cast(1, tl.int1)

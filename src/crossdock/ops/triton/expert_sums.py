@@ -26,6 +26,7 @@ from crossdock.ops.triton.quantize import load_log, load_ranges, round_sum, stor
 from crossdock.ops.triton.sync import (
     draw_ticket,
     enter,
+    follow,
     has_credit,
     look_for_credit,
     post_rounds,
@@ -130,6 +131,7 @@ def combine_experts(chosen, returned, link, zone, call, P: tl.constexpr, G: tl.c
     """Send the sums of this rank's experts, and add up those that come; see the module."""
     TELLERS: tl.constexpr = 1 + P.tellers
     TIMERS: tl.constexpr = G.size if P.counts_waits else 0
+    follow(G)
     own = heap_of(link, link.rank)
     ticket, number = draw_ticket(link, TELLERS + call.num_senders + TIMERS + call.num_reducers)
     takes_part = tl.cast(1, tl.int1)

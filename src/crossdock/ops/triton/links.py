@@ -42,6 +42,7 @@ class Group(NamedTuple):
         num_states: rounds that are counted, a power of two.
         is_compiled: False in the interpreter, which has no clock and cuts bf16 off.
         can_shrink: whether the others go on without a rank that is late.
+        overlaps: whether programs may come before the kernel before is over. See `sync.follow`.
     """
 
     size: int
@@ -49,6 +50,7 @@ class Group(NamedTuple):
     num_states: int
     is_compiled: bool
     can_shrink: bool = False
+    overlaps: bool = False
 
 
 class Link(NamedTuple):

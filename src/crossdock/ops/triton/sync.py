@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import globaltimer
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait, globaltimer
 
 from crossdock.ops.triton.links import (
     FAILED,
@@ -43,6 +43,7 @@ __all__ = [
     "condemn",
     "draw_ticket",
     "enter",
+    "follow",
     "has_credit",
     "look_for_credit",
     "post_credit",
@@ -68,6 +69,17 @@ CREDIT = tl.constexpr("a number of this round, or of a later one")
 COME, GONE, LATE, OVER, BROKEN = (tl.constexpr(n) for n in range(5))
 """How a wait stands: all is there; all of those that are still counted on; some are late; some are,
 and the deadline has passed; some are, and the buffer has failed."""
+
+
+@triton.jit
+def follow(G: tl.constexpr):
+    """Wait until the kernel before is over; the programs of the next one may come, and wait.
+
+    For kernels that are launched as `Kernel` launches those that overlap.
+    """
+    if G.overlaps:
+        gdc_wait()
+        gdc_launch_dependents()
 
 
 @triton.jit
