@@ -7,6 +7,7 @@ code win over variables; `docs/environment.md` lists the same table (a test comp
 from __future__ import annotations
 
 import os
+from types import MappingProxyType
 from typing import NamedTuple
 
 from crossdock.errors import ConfigError
@@ -65,9 +66,11 @@ VARIABLES = (
 )
 
 
+_DEFAULTS = MappingProxyType({variable.name: variable.default for variable in VARIABLES})
+
+
 def _read(name: str) -> str:
-    default = next(variable.default for variable in VARIABLES if variable.name == name)
-    return os.environ.get(name, default)
+    return os.environ.get(name, _DEFAULTS[name])
 
 
 def _seconds(name: str) -> float:

@@ -6,18 +6,20 @@ Whoever calls decides what to do about an error: the peers have to hear of it.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from crossdock import _env
-from crossdock.codec import Tokens, row_format
+from crossdock.codec import Tokens, format_of, metas
 from crossdock.errors import ConfigError, RankMismatchError, ShapeError
 from crossdock.handle import Handle
 from crossdock.low_latency_arguments import LowLatencyOptions
 from crossdock.routing import RoutingShare, check_expert_ids
-from crossdock.shapes import check_tensor
+from crossdock.shapes import Meta, check_meta, check_tensor, meta
 from crossdock.topology import Topology, num_local_experts
 from crossdock.transports.session import Timeouts
 
@@ -30,10 +32,11 @@ __all__ = [
 ]
 
 _COMBINED = (torch.bfloat16, torch.float16, torch.float32)
+_REMEMBERED = 1024
+"""Kinds of calls whose checks are remembered."""
 
 
-@dataclass(frozen=True)
-class DispatchArguments:
+class DispatchArguments(NamedTuple):
     """The arguments of a first dispatch, as they came."""
 
     is_token_in_rank: torch.Tensor | None
@@ -50,24 +53,17 @@ class DispatchArguments:
             ShapeError: a tensor has the wrong shape or dtype, or is missing.
             ConfigError: arguments that do not go together.
         """
-        row_format(x)
-        num_tokens = (x[0] if isinstance(x, tuple) else x).shape[0]
-        in_rank = check_tensor(
-            "is_token_in_rank",
-            self.is_token_in_rank,
-            dtype=torch.bool,
-            shape=(num_tokens, num_ranks),
-        )
-        per_expert = check_tensor(
-            "num_tokens_per_expert", self.num_tokens_per_expert, dtype=torch.int32, shape=(None,)
-        )
-        experts_here = num_local_experts(per_expert.shape[0], num_ranks)
-        self._check_numbers()
-        self._check_selection(num_tokens, per_expert.shape[0])
-        if _env.debug() and self.topk_idx is not None:
-            _check_presence(self.topk_idx, in_rank, experts_here)
-        weights = None if self.topk_weights is None else self.topk_weights.detach()
-        return RoutingShare(in_rank, per_expert, self.topk_idx, weights)
+        in_rank, per_expert, topk_idx, weights = tensors = self[:4]
+        _check_dispatch(metas(x), tuple(map(meta, tensors)), (*self[4:], num_ranks))
+        if in_rank is None or per_expert is None:
+            raise ShapeError("is_token_in_rank", got=None, expected="a tensor")
+        if topk_idx is not None:
+            check_expert_ids(topk_idx, per_expert.shape[0])
+            if _env.debug():
+                _check_presence(topk_idx, in_rank, per_expert.shape[0] // num_ranks)
+        if weights is not None and weights.requires_grad:
+            weights = weights.detach()
+        return RoutingShare(in_rank, per_expert, topk_idx, weights)
 
     def check_slots(self, num_slots: int) -> None:
         """Raise `ShapeError` if this rank's tokens are more than each rank may have."""
@@ -76,24 +72,39 @@ class DispatchArguments:
             expected = f"at least {max(num_tokens, 1)}, the number of tokens"
             raise ShapeError("num_max_tokens_per_rank", got=num_slots, expected=expected)
 
-    def _check_numbers(self) -> None:
-        if self.expert_alignment < 1:
-            raise ShapeError("expert_alignment", got=self.expert_alignment, expected="1 or more")
-        if self.num_worst_tokens < 0:
-            raise ShapeError("num_worst_tokens", got=self.num_worst_tokens, expected="0 or more")
-        if self.num_worst_tokens and self.topk_idx is None:
-            raise ConfigError("num_worst_tokens needs topk_idx: padding rows are marked there")
 
-    def _check_selection(self, num_tokens: int, num_experts: int) -> None:
-        if self.topk_idx is None:
-            if self.topk_weights is not None:
-                raise ConfigError("topk_weights were given without topk_idx")
-            return
-        check_tensor("topk_idx", self.topk_idx, dtype=torch.int64, shape=(num_tokens, None))
-        check_expert_ids(self.topk_idx, num_experts)
-        if self.topk_weights is not None:
-            shape = (num_tokens, self.topk_idx.shape[1])
-            check_tensor("topk_weights", self.topk_weights, dtype=torch.float32, shape=shape)
+@functools.lru_cache(_REMEMBERED)
+def _check_dispatch(
+    x: tuple[Meta, ...], tensors: tuple[Meta, ...], numbers: tuple[int, int, int]
+) -> None:
+    """Check what is known of the arguments of a dispatch, in their order; once for all alike.
+
+    Raises:
+        ShapeError, ConfigError: as `DispatchArguments.checked`.
+    """
+    in_rank, per_expert, topk_idx, weights = tensors
+    alignment, num_worst_tokens, num_ranks = numbers
+    format_of(x)
+    num_tokens = 0 if x[0] is None else x[0][1][0]
+    check_meta("is_token_in_rank", in_rank, dtype=torch.bool, shape=(num_tokens, num_ranks))
+    check_meta("num_tokens_per_expert", per_expert, dtype=torch.int32, shape=(None,))
+    num_local_experts(0 if per_expert is None else per_expert[1][0], num_ranks)
+    for name, got, least in (
+        ("expert_alignment", alignment, 1),
+        ("num_worst_tokens", num_worst_tokens, 0),
+    ):
+        if got < least:
+            raise ShapeError(name, got=got, expected=f"{least} or more")
+    if topk_idx is None:
+        if num_worst_tokens:
+            raise ConfigError("num_worst_tokens needs topk_idx: padding rows are marked there")
+        if weights is not None:
+            raise ConfigError("topk_weights were given without topk_idx")
+        return
+    check_meta("topk_idx", topk_idx, dtype=torch.int64, shape=(num_tokens, None))
+    if weights is not None:
+        shape = (num_tokens, topk_idx[1][1])
+        check_meta("topk_weights", weights, dtype=torch.float32, shape=shape)
 
 
 def _check_presence(

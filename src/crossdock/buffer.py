@@ -8,6 +8,7 @@ T tokens here, K top-k, H hidden, R ranks, E experts, L = E / R local experts, N
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from types import TracebackType
 from typing import ClassVar
@@ -527,12 +528,12 @@ class Buffer(DecodingCalls):
     @staticmethod
     def get_dispatch_config(num_ranks: int) -> Config:
         """The knobs that `dispatch` takes when it is given none, for any number of ranks."""
-        return Config(Buffer.num_sms)
+        return _usual(Buffer.num_sms)
 
     @staticmethod
     def get_combine_config(num_ranks: int) -> Config:
         """The knobs that `combine` takes when it is given none, for any number of ranks."""
-        return Config(Buffer.num_sms)
+        return _usual(Buffer.num_sms)
 
     def __deepcopy__(self, memo: dict[int, object]) -> Buffer:
         """The buffer itself: a copied model goes on sharing it, as it shares its process group."""
@@ -566,6 +567,11 @@ class Buffer(DecodingCalls):
         """The knobs of a call; looked up on the class at call time, where clients replace it."""
         chosen: Config = getattr(type(self), lookup)(self.group_size) if config is None else config
         return chosen
+
+
+@functools.cache
+def _usual(num_sms: int) -> Config:
+    return Config(num_sms)
 
 
 def _verbs(

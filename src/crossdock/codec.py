@@ -19,6 +19,7 @@ import torch
 
 from crossdock.errors import ShapeError
 from crossdock.formats import RowFormat, ScaleRule, TokenFormat, check_element, check_scale
+from crossdock.shapes import Meta, meta
 
 __all__ = [
     "AnyTokens",
@@ -26,7 +27,9 @@ __all__ = [
     "decode",
     "empty_scales",
     "encode",
+    "format_of",
     "join",
+    "metas",
     "place_scales",
     "row_format",
     "split",
@@ -53,17 +56,34 @@ def row_format(x: Tokens) -> RowFormat:
     Raises:
         ShapeError: not two-dimensional, an element that is not moved, or scales of another length.
     """
-    data, scales = x if isinstance(x, tuple) else (x, None)
-    if data.dim() != 2:
-        raise ShapeError("x", got=f"shape {tuple(data.shape)}", expected="[num_tokens, hidden]")
-    check_element(data.dtype)
-    if scales is None:
-        return RowFormat(data.dtype, data.shape[1])
-    if scales.dim() != 2 or scales.shape[0] != data.shape[0]:
-        expected = f"[{data.shape[0]}, number of scales]"
-        raise ShapeError("x[1] (scales)", got=f"shape {tuple(scales.shape)}", expected=expected)
-    check_scale(scales.dtype)
-    return RowFormat(data.dtype, data.shape[1], scales.dtype, scales.shape[1])
+    return format_of(metas(x))
+
+
+def metas(x: Tokens) -> tuple[Meta, ...]:
+    """What there is to know of `x` beside its bytes."""
+    return tuple(meta(part) for part in x) if isinstance(x, tuple) else (meta(x),)
+
+
+def format_of(planes: tuple[Meta, ...]) -> RowFormat:
+    """The format of rows, from what is known of their payload, and of their scales.
+
+    Raises:
+        ShapeError: see `row_format`.
+    """
+    data, *rest = planes
+    if data is None or len(data[1]) != 2:
+        got = None if data is None else f"shape {tuple(data[1])}"
+        raise ShapeError("x", got=got, expected="[num_tokens, hidden]")
+    dtype, (num_tokens, hidden), _ = data
+    check_element(dtype)
+    if not rest or rest[0] is None:
+        return RowFormat(dtype, hidden)
+    dtype_of_scales, shape, _ = rest[0]
+    if len(shape) != 2 or shape[0] != num_tokens:
+        expected = f"[{num_tokens}, number of scales]"
+        raise ShapeError("x[1] (scales)", got=f"shape {tuple(shape)}", expected=expected)
+    check_scale(dtype_of_scales)
+    return RowFormat(dtype, hidden, dtype_of_scales, shape[1])
 
 
 def split(x: Tokens) -> list[torch.Tensor]:

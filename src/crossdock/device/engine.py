@@ -21,7 +21,7 @@ from crossdock.device.memory import (
     is_capturing,
 )
 from crossdock.device.streams import Fork
-from crossdock.device.watch import Report, host_memory
+from crossdock.device.watch import HostWords, Report
 from crossdock.errors import UnsupportedError
 from crossdock.ops.triton.links import Group, Link
 from crossdock.transports.header import Call, Operation
@@ -63,8 +63,8 @@ class Engine:
         self._memory = Memory(transport)
         self._transport = transport
         self.device_types = transport.device_types
-        self._words = torch.zeros((2, 0), dtype=torch.int64, device="cpu")
-        self._outgrown: list[torch.Tensor] = []
+        self._words = self._unread = HostWords(1, self.device)
+        self._outgrown: list[HostWords] = []
         self._last: torch.cuda.Stream | None = None
         self._last_handle: int | None = None
         self._handle_of = None if self._interpreted else driver.active.get_current_stream
@@ -123,7 +123,7 @@ class Engine:
             return [[0] * NUM_STATES for _ in range(self.num_ranks)]
         size = 4 * NUM_STATES * self.num_ranks
         begin = memory.plan.credits + size
-        entered = memory.heap.peer(self.rank)[begin : begin + size].view(torch.int32)
+        entered = memory.own[begin : begin + size].view(torch.int32)
         rounds: list[list[int]] = entered.view(-1, NUM_STATES).tolist()
         return rounds
 
@@ -170,17 +170,19 @@ class Engine:
         """
         self._transport.topology.allgather(None)
 
-    def host_words(self, number: int, *, is_read: bool) -> torch.Tensor:
-        """Words that a kernel writes for the host, the first of them last; 0 until then.
+    def host_words(self, number: int, *, is_read: bool) -> HostWords:
+        """So many words that a kernel writes for the host.
 
         What nobody will read has words of its own, so that it cannot be taken for what is read.
         """
-        if self._words.shape[1] < number:
-            self._outgrown.append(self._words)  # kernels, or graphs, may still write there
-            self._words = host_memory(2 * number, self.device).view(2, number)
-        words = self._words[int(is_read)]
-        words[0] = 0
-        return words[:number]
+        if self._words.number < number:
+            # Kernels, or graphs, may still write there.
+            self._outgrown += [self._words, self._unread]
+            self._words, self._unread = (HostWords(number, self.device) for _ in range(2))
+        if not is_read:
+            return self._unread
+        self._words.clear()
+        return self._words
 
     def check_may_wait(self) -> None:
         """Raise `UnsupportedError` where the host cannot wait for a kernel."""
@@ -190,7 +192,7 @@ class Engine:
                 "them; give num_worst_tokens, and make one such call before the capture"
             )
 
-    def wait_for_host(self, words: torch.Tensor) -> list[int]:
+    def wait_for_host(self, words: HostWords) -> list[int]:
         """What a kernel has written, once it has.
 
         Sync: waits for the kernel, with the GIL released.
@@ -198,15 +200,14 @@ class Engine:
         Raises:
             PeerTimeoutError: the kernel waited in vain.
         """
-        seen, polls = words.numpy(), 0
-        while not seen[0]:
+        polls = 0
+        while not words.have_come:
             os.sched_yield()
             polls += 1
             if polls % _POLLS == 0 and not self._interpreted:
                 torch.cuda.current_stream().query()  # raises if the device can do no more
         self.check()
-        numbers: list[int] = seen.tolist()
-        return numbers
+        return words.numbers()
 
     def resume(
         self, run: Callable[[], None], tensors: Sequence[torch.Tensor | None]

@@ -9,12 +9,14 @@ T tokens here, K top-k, R ranks, L local experts, N received rows.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
 from crossdock import _env
-from crossdock.codec import AnyTokens, Tokens, join, row_format
+from crossdock.codec import AnyTokens, Tokens, format_of, join, metas
 from crossdock.config import Config
 from crossdock.device.constants import aligned
 from crossdock.device.engine import Engine
@@ -43,11 +45,38 @@ from crossdock.formats import RowFormat
 from crossdock.handle import Handle
 from crossdock.ops.triton import rank_sums
 from crossdock.routing import DispatchLayout, RoutingShare, dispatch_layout
+from crossdock.shapes import Meta, meta
 from crossdock.topology import num_local_experts
 from crossdock.transports.header import Operation
 from crossdock.verbs import Combined, Dispatched, Stats, Views
 
 __all__ = ["DeviceExchange"]
+
+_REMEMBERED = 1024
+"""Kinds of dispatches that are remembered."""
+
+
+class _Kind(NamedTuple):
+    """What dispatches that are made alike have in common.
+
+    Attributes:
+        x: metas of rows, and of scales if there are some.
+        num_experts: E; 0 if an earlier call has told.
+        topk_idx: meta.
+        has_weights, pads, viewed, counts_waits, checked, num_tokens: see `DispatchShape`.
+        config: knobs.
+    """
+
+    x: tuple[Meta, ...]
+    num_experts: int
+    topk_idx: Meta
+    has_weights: bool
+    counts_waits: bool
+    pads: bool
+    viewed: bool
+    num_tokens: int
+    config: Config
+    checked: bool
 
 
 class DeviceExchange:
@@ -62,6 +91,7 @@ class DeviceExchange:
         self._engine = engine
         self._rank, self._num_ranks = engine.rank, engine.num_ranks
         self._reserve_tokens = reserve_tokens
+        self._plan = functools.lru_cache(_REMEMBERED)(self._make_plan)
 
     def layout(self, topk_idx: torch.Tensor, num_experts: int) -> DispatchLayout:
         """See `Exchange.layout`."""
@@ -86,7 +116,7 @@ class DeviceExchange:
             trip = Trip(
                 engine,
                 attempt.call,
-                self._plan(row_format(x), routing, stats, pads=pads, config=config),
+                self._plan(self._kind(x, routing, stats, pads=pads, config=config)),
                 x=x,
                 routing=routing,
                 waits=stats.waits,
@@ -107,7 +137,7 @@ class DeviceExchange:
                     words = engine.wait_for_host(told)
                     self._see_to_room(trip, words, beside=beside)
                     num_rows = num_worst_tokens or words[2]
-                    per_expert = [] if pads else words[3 + self._num_ranks :]
+                    per_expert = [] if pads else _per_expert(words, routing, self._num_ranks)
                 rows, (idx, weights) = _empty_rows(x, num_rows), _empty_choices(routing, num_rows)
                 src_idx = trip.place(rows, (num_rows,), idx=idx, weights=weights)
             return Dispatched(join(rows, x), idx, weights, per_expert, trip.handle(src_idx))
@@ -122,7 +152,7 @@ class DeviceExchange:
             trip = Trip(
                 engine,
                 attempt.call,
-                self._plan(row_format(x), None, stats, pads=True, config=config),
+                self._plan(self._kind(x, None, stats, pads=True, config=config)),
                 x=x,
                 routing=RoutingShare(handle.is_token_in_rank, handle[1]),
                 again=handle,
@@ -150,14 +180,7 @@ class DeviceExchange:
             trip = Trip(
                 engine,
                 attempt.call,
-                self._plan(
-                    row_format(x),
-                    routing,
-                    stats,
-                    viewed=True,
-                    num_tokens=num_slots,
-                    config=config,
-                ),
+                self._plan(self._kind(x, routing, stats, viewed=num_slots, config=config)),
                 x=x,
                 routing=routing,
                 waits=stats.waits,
@@ -239,7 +262,9 @@ class DeviceExchange:
         engine = self._engine
         with engine.session.call(Operation.WARMUP) as attempt:
             engine.begin(attempt)
-            plan = self._plan(form, None, Stats(), num_tokens=num_tokens, config=Config())
+            rows = (form.element, torch.Size((num_tokens, form.hidden)), engine.device)
+            kind = (0, None, False, False, False, False, num_tokens, Config(), _env.debug())
+            plan = self._plan(_Kind((rows,), *kind))
             engine.memory(plan.capacity)
             engine.meet()
         engine.session.settle_in()
@@ -248,38 +273,45 @@ class DeviceExchange:
         """See `ExchangeCalls.check`."""
         self._engine.inspect()
 
-    def _plan(
+    def _kind(
         self,
-        form: RowFormat,
+        x: Tokens,
         routing: RoutingShare | None,
         stats: Stats,
         *,
         pads: bool = False,
-        viewed: bool = False,
-        num_tokens: int = 0,
+        viewed: int = 0,
         config: Config,
-    ) -> DispatchPlan:
-        """What a dispatch of such rows needs; a cached one brings no choices."""
-        num_topk, local, has_weights = 0, 0, False
-        if routing is not None:
-            local = num_local_experts(routing.num_tokens_per_expert.shape[0], self._num_ranks)
-            num_topk = 0 if routing.topk_idx is None else routing.topk_idx.shape[1]
-            has_weights = routing.topk_weights is not None
+    ) -> _Kind:
+        """The kind of a dispatch; a cached one brings no choices. `viewed`: M, where rows stay."""
+        counts_waits = self._counts_waits(stats)
+        common = (counts_waits, pads, bool(viewed), viewed, config, _env.debug())
+        if routing is None:
+            return _Kind(metas(x), 0, None, False, *common)
+        num_experts = routing.num_tokens_per_expert.shape[0]
+        has_weights = routing.topk_weights is not None
+        return _Kind(metas(x), num_experts, meta(routing.topk_idx), has_weights, *common)
+
+    def _make_plan(self, kind: _Kind) -> DispatchPlan:
+        """What dispatches of a kind need."""
+        config, viewed = kind.config, kind.viewed
         return plan_dispatch(
             DispatchShape(
-                form,
-                num_topk,
-                has_weights,
-                local,
-                routing is not None,
-                pads,
-                viewed,
-                self._counts_waits(stats),
-                is_few(shares(config.num_sms, senders=config.num_send_sms, viewed=viewed)),
-                _env.debug(),
-                max(num_tokens, self._reserve_tokens),
-                config.tile_bytes,
-                self._engine.group,
+                form=format_of(kind.x),
+                num_topk=0 if kind.topk_idx is None else kind.topk_idx[1][1],
+                has_weights=kind.has_weights,
+                local=kind.num_experts and num_local_experts(kind.num_experts, self._num_ranks),
+                numbers=bool(kind.num_experts),
+                pads=kind.pads,
+                viewed=viewed,
+                counts_waits=kind.counts_waits,
+                few_senders=is_few(
+                    shares(config.num_sms, senders=config.num_send_sms, viewed=viewed)
+                ),
+                checked=kind.checked,
+                num_tokens=max(kind.num_tokens, self._reserve_tokens),
+                tile_bytes=config.tile_bytes,
+                group=self._engine.group,
             )
         )
 
@@ -314,6 +346,12 @@ class DeviceExchange:
 def _contiguous(handle: Handle) -> Handle:
     """The handle, whose tensors a caller may have laid out anew."""
     return Handle(*(part.contiguous() for part in handle))
+
+
+def _per_expert(words: Sequence[int], routing: RoutingShare, num_ranks: int) -> list[int]:
+    """Rows for each expert here, of what the kernel has told the host."""
+    begin, num_experts = 3 + num_ranks, routing.num_tokens_per_expert.shape[0]
+    return list(words[begin : begin + num_experts // num_ranks])
 
 
 def _empty_rows(x: Tokens, num_rows: int) -> list[torch.Tensor]:

@@ -10,6 +10,7 @@ R ranks, M slots for the tokens of a rank, K top-k, L local experts.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
@@ -80,12 +81,12 @@ class DeviceCapacity:
     topk: int = 0
     experts: int = 0
 
-    @property
+    @functools.cached_property
     def num_flags(self) -> int:
         """Flags for the tokens of a rank in a high-throughput dispatch."""
         return -(-self.num_tokens // UNIT)
 
-    @property
+    @functools.cached_property
     def num_back_flags(self) -> int:
         """The same in a combine."""
         return self.num_flags * (UNIT // BACK_UNIT)
@@ -201,6 +202,7 @@ class Generation:
         capacity, plan: how it is divided.
         peers: [R] int64, the address of every rank's heap.
         states: [NUM_STATES] int64, rounds and tickets.
+        own: the heap of this rank, uint8.
         turns: low-latency dispatches and combines so far, whose zones take turns.
         masked: [R] int64, not 0 where this rank goes on without a rank; part of its heap.
         addresses: of peers and states.
@@ -223,11 +225,10 @@ class Generation:
         self.addresses = (self.peers.data_ptr(), self.states.data_ptr())
         self.turns = [0, 0]
         self._held: set[tuple[int, int]] = set()
-        words = heap.peer(rank)[self.plan.watch : self.plan.credits].view(torch.int64)
+        self.own = own = heap.peer(rank)
+        words = own[self.plan.watch : self.plan.credits].view(torch.int64)
         words[REPORT.value] = report
         self.masked = words[MASKED.value : MASKED.value + len(heap.addresses)]
-
-        own = heap.peer(rank)
         self._guards = [own[begin : begin + _LINE] for begin in self.plan.guards]
         if _env.debug():
             for guard in self._guards:
@@ -348,7 +349,7 @@ class Memory:
         plan = self.current.plan
         begin = plan.rows.landing
         end = min(guard for guard in plan.guards if guard >= begin)
-        return self.current.heap.peer(self._rank)[begin:end]
+        return self.current.own[begin:end]
 
     def _replace(self, heap: AddressedHeap, capacity: DeviceCapacity, report: int) -> Generation:
         device = self._transport.device

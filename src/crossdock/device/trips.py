@@ -25,7 +25,7 @@ from crossdock.device.rank_kernels import (
     shares,
 )
 from crossdock.device.streams import Fork
-from crossdock.device.watch import State
+from crossdock.device.watch import HostWords, State
 from crossdock.errors import BufferTooSmallError, UnsupportedError
 from crossdock.handle import Handle
 from crossdock.ops.triton import rank_records, rank_routes
@@ -100,7 +100,7 @@ class Trip:
         """Whether the heap has room for the tokens of this rank."""
         return self.num_tokens <= self.memory.capacity.num_tokens
 
-    def route(self, per_expert: torch.Tensor, *, alignment: int = 1, is_read: bool) -> torch.Tensor:
+    def route(self, per_expert: torch.Tensor, *, alignment: int = 1, is_read: bool) -> HostWords:
         """Count this rank's rows and learn the others' counts; the host may look at the result."""
         engine, plan = self._engine, self._plan
         told = engine.host_words(3 + engine.num_ranks + plan.row.local, is_read=is_read)
@@ -108,7 +108,7 @@ class Trip:
         arguments = (
             self._sent,
             addresses_received([], of_handle, waits=self._waits),
-            rank_routes.Learned(per_expert.data_ptr(), told.data_ptr(), alignment),
+            rank_routes.Learned(per_expert.data_ptr(), told.address, alignment),
             engine.link(self.memory, self._call, State.ROUTE),
             self.memory.plan.rows,
             self._sent_call(0, number=fingerprint(plan.row, alignment)),
@@ -168,16 +168,18 @@ class Trip:
 
     def views(self, num_slots: int) -> tuple[list[torch.Tensor], torch.Tensor]:
         """The rows where they lie, [R, M, ...], and how many there are of each rank, [R] int32."""
-        row, have = self._plan.row, self.memory.capacity
-        engine, begin = self._engine, self.memory.plan.rows.landing
-        size = (engine.num_ranks, have.num_tokens, row.stride)
-        end = begin + size[0] * size[1] * size[2]
-        landed = self.memory.heap.peer(engine.rank)[begin:end].view(size)[:, :num_slots]
-        widths = (0, row.num_bytes), (row.scales_at, row.scales_at + 4 * row.scale_words)
-        planes = [
-            landed[..., first:last].view(plane.dtype)
-            for plane, (first, last) in zip(self._planes, widths, strict=False)
-        ]
+        row, engine, planes = self._plan.row, self._engine, []
+        own, of_source = self.memory.own, self.memory.capacity.num_tokens * row.stride
+        for plane, at in zip(self._planes, (0, row.scales_at), strict=False):
+            words, size = own.view(plane.dtype), plane.itemsize
+            begin = own.storage_offset() + self.memory.plan.rows.landing + at
+            planes.append(
+                words.as_strided(
+                    (engine.num_ranks, num_slots, plane.shape[1]),
+                    (of_source // size, row.stride // size, 1),
+                    begin // size,
+                )
+            )
         return planes, self._chunks[0, :, 0]
 
     def enlarge(self, most: int) -> None:

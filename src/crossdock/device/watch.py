@@ -25,7 +25,7 @@ from crossdock.ops.triton import (
 )
 from crossdock.transports.symmetric import GAVE_UP
 
-__all__ = ["Report", "State", "host_memory"]
+__all__ = ["HostWords", "Report", "State"]
 
 _PHASES = MappingProxyType(
     {
@@ -71,10 +71,41 @@ _ROUNDS = 1 << 32
 """Numbers of rounds; on a device the second half of them is negative."""
 
 
-def host_memory(num_words: int, device: torch.device) -> torch.Tensor:
+def _host_memory(num_words: int, device: torch.device) -> torch.Tensor:
     """Words on the host that kernels can write: [num_words] int64, zero."""
     words = torch.zeros(num_words, dtype=torch.int64, device="cpu")
     return words.pin_memory() if device.type == "cuda" else words
+
+
+class HostWords:
+    """Words that a kernel writes for the host, the first of them last; that is 0 until then.
+
+    Args:
+        number: of words.
+        device: where the kernel runs.
+
+    Attributes:
+        address: where they lie.
+    """
+
+    def __init__(self, number: int, device: torch.device) -> None:
+        words = _host_memory(number, device)
+        self.number, self.address = number, words.data_ptr()
+        self._seen = words.numpy()
+
+    def clear(self) -> None:
+        """Make ready for the next time."""
+        self._seen[0] = 0
+
+    @property
+    def have_come(self) -> bool:
+        """Whether they are written."""
+        return bool(self._seen[0])
+
+    def numbers(self) -> list[int]:
+        """What was written, and more behind it that is of earlier times."""
+        numbers: list[int] = self._seen.tolist()
+        return numbers
 
 
 def _is_before(round_: int, number: int) -> bool:
@@ -100,7 +131,7 @@ class Report:
     """
 
     def __init__(self, num_ranks: int, device: torch.device) -> None:
-        self._words = host_memory(num_ranks + 1, device)
+        self._words = _host_memory(num_ranks + 1, device)
         self._seen = self._words.numpy()
 
     @property
