@@ -36,9 +36,9 @@ VARIABLES = (
     Variable(
         "CROSSDOCK_DEBUG",
         "0",
-        "1: check that is_token_in_rank, and combine, agree with topk_idx; on a device, on all "
-        "ranks: rows of high-throughput calls travel with sums that are checked where they come, "
-        "and Buffer.check() looks whether something was written beyond its place",
+        "1: check that is_token_in_rank, and combine, agree with topk_idx; on a device, for "
+        "buffers made while it is set on all ranks: rows travel with sums that are checked where "
+        "they come, and Buffer.check() looks whether something was written beyond its place",
     ),
     Variable(
         "CROSSDOCK_FIRST_CALL_TIMEOUT_S",

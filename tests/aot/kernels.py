@@ -89,6 +89,7 @@ class Shape(NamedTuple):
         is_log: or in the logarithmic format.
         viewed: whether high-throughput rows stay where they land.
         counts_waits: of high-throughput calls; low-latency ones always do here.
+        checked: whether sums of rows travel with them.
     """
 
     kernel: str
@@ -105,6 +106,7 @@ class Shape(NamedTuple):
     is_log: bool = False
     viewed: bool = False
     counts_waits: bool = False
+    checked: bool = False
 
 
 class Tile(NamedTuple):
@@ -167,6 +169,7 @@ def make_dispatch_experts(shape: Shape, capability: int) -> tuple[Kernel, Tile]:
         compact=shape.compact,
         counts_waits=True,
         counts_rows=True,
+        checked=shape.checked,
     )
     use_casts = capability >= 89
     plan = expert_kernels.plan_dispatch(
@@ -189,6 +192,7 @@ def make_combine_experts(shape: Shape, capability: int) -> tuple[Kernel, Tile]:
         counts_waits=True,
         compact=shape.compact,
         x_is_compact=shape.compact != shape.is_turned,
+        checked=shape.checked,
     )
     group, element = (
         group_of(shape, capability),
@@ -207,6 +211,7 @@ def row_of(shape: Shape) -> rank_records.RankRow:
         has_weights=shape.brings_weights,
         local=shape.num_local,
         viewed=shape.viewed,
+        checked=shape.checked,
     )
 
 
@@ -253,6 +258,7 @@ def make_combine_ranks(shape: Shape, capability: int) -> tuple[Kernel, Tile]:
         num_topk=num_topk,
         num_bias=shape.num_bias,
         num_ranks=shape.num_ranks,
+        checked=shape.checked,
     )
     sums = row.sums * row.padded * element.itemsize if row.word == 16 else 0
     kernel = rank_kernels.combine_kernel(row, group_of(shape, capability), times=shape.counts_waits)

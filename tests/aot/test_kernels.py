@@ -59,6 +59,12 @@ ON_90 = {
     "route_ranks with waits": {"counts_waits": True},
     "send_ranks of views": {"brings_weights": True, "viewed": True},
     "place_ranks of views": {"brings_weights": True, "viewed": True, "counts_waits": True},
+    "dispatch_experts checked": {"form": "fp8", "checked": True},
+    "combine_experts checked": {"checked": True},
+    "combine_experts logfmt, checked": {"is_log": True, "checked": True},
+    "send_ranks checked": {"checked": True},
+    "place_ranks checked": {"checked": True},
+    "combine_ranks checked": {"checked": True},
 }
 SPILLING = (
     "combine_experts",
@@ -70,7 +76,7 @@ SPILLING = (
 )
 """Which still keep a few registers on the stack, on one of the architectures or Triton versions."""
 
-UNHURRIED = ("of odd width", "alone")
+UNHURRIED = ("of odd width", "alone", "checked")
 """Where registers may spill."""
 CASES = [(name, capability) for name in EVERYWHERE for capability in CAPABILITIES]
 CASES += [(name, 90) for name in ON_90]

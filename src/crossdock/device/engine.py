@@ -51,10 +51,13 @@ class Engine:
     Args:
         transport: gives the memory.
         session: numbers the calls.
+
+    Attributes:
+        debugs: whether sums of rows travel with them, and `inspect` looks at the heap.
     """
 
     def __init__(self, transport: Symmetric, session: Session) -> None:
-        self.session = session
+        self.session, self.debugs = session, _env.debug()
         self.rank, self.num_ranks = transport.topology.rank, transport.topology.num_ranks
         self.device = transport.device
         self._interpreted = transport.is_interpreted
@@ -103,7 +106,7 @@ class Engine:
         """
         self.check()
         current = self._memory.current
-        if _env.debug() and current is not None and not is_capturing():
+        if self.debugs and current is not None and not is_capturing():
             current.check_guards()
 
     def check(self) -> None:

@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 import torch
 
-from crossdock import _env
 from crossdock.codec import AnyTokens, Tokens, format_of, join, metas
 from crossdock.config import Config
 from crossdock.device.constants import aligned
@@ -224,7 +223,7 @@ class DeviceExchange:
                     len(bias),
                     counts_waits,
                     is_few(shares(config.num_sms, senders=config.num_send_sms, back=True)),
-                    _env.debug(),
+                    engine.debugs,
                     config.tile_bytes,
                     engine.group,
                 )
@@ -263,7 +262,7 @@ class DeviceExchange:
         with engine.session.call(Operation.WARMUP) as attempt:
             engine.begin(attempt)
             rows = (form.element, torch.Size((num_tokens, form.hidden)), engine.device)
-            kind = (0, None, False, False, False, False, num_tokens, Config(), _env.debug())
+            kind = (0, None, False, False, False, False, num_tokens, Config(), engine.debugs)
             plan = self._plan(_Kind((rows,), *kind))
             engine.memory(plan.capacity)
             engine.meet()
@@ -285,7 +284,8 @@ class DeviceExchange:
     ) -> _Kind:
         """The kind of a dispatch; a cached one brings no choices. `viewed`: M, where rows stay."""
         counts_waits = self._counts_waits(stats)
-        common = (counts_waits, pads, bool(viewed), viewed, config, _env.debug())
+        checked = self._engine.debugs
+        common = (counts_waits, pads, bool(viewed), viewed, config, checked)
         if routing is None:
             return _Kind(metas(x), 0, None, False, *common)
         num_experts = routing.num_tokens_per_expert.shape[0]

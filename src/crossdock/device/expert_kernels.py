@@ -51,6 +51,7 @@ class DispatchShape(NamedTuple):
     compact: bool
     counts_waits: bool
     counts_rows: bool
+    checked: bool = False
 
 
 class DispatchPlan(NamedTuple):
@@ -94,7 +95,7 @@ def plan_dispatch(
     capacity = DeviceCapacity(
         slots=shape.num_slots,
         row_bytes=row.stride,
-        back_bytes=align(back_bytes, 16),
+        back_bytes=align(back_bytes + 8 * shape.checked, 16),
         topk=shape.num_topk,
         experts=experts.local,
     )
@@ -133,6 +134,7 @@ class CombineShape(NamedTuple):
     counts_waits: bool
     compact: bool
     x_is_compact: bool
+    checked: bool = False
 
 
 class CombinePlan(NamedTuple):
@@ -194,6 +196,7 @@ def expert_row(shape: DispatchShape, *, use_casts: bool) -> expert_records.Exper
     scales_at = align(row.payload_bytes, 16)
     choices_at = align(scales_at + row.scale_bytes, 16)
     choices = 8 * shape.num_topk + 4 * shape.num_topk * shape.has_weights
+    check_at = align(choices_at + choices, 8)
     num_scales = row.scale_bytes // 4
     return expert_records.ExpertRow(
         rule="" if form.rule is ScaleRule.NONE else form.rule.value,
@@ -211,7 +214,9 @@ def expert_row(shape: DispatchShape, *, use_casts: bool) -> expert_records.Exper
         padded_scales=next_power_of_two(max(num_scales, 1)),
         scales_at=scales_at,
         choices_at=choices_at,
-        stride=align(choices_at + choices, 16),
+        checked=shape.checked,
+        check_at=check_at,
+        stride=align(check_at + 8 * shape.checked, 16),
     )
 
 
@@ -241,6 +246,7 @@ def partial_sum(shape: CombineShape, group: Group, *, is_float: bool) -> expert_
     hidden, num_topk = shape.hidden, shape.num_topk
     row = log_row(hidden) if shape.use_logfmt else RowFormat(_PARTIALS[is_float], hidden)
     ranges_at = align(row.payload_bytes, 16)
+    check_at = align(ranges_at + row.scale_bytes, 8)
     local = num_local_experts(shape.num_experts, group.size)
     return expert_sums.Partial(
         hidden=hidden,
@@ -248,7 +254,11 @@ def partial_sum(shape: CombineShape, group: Group, *, is_float: bool) -> expert_
         is_float=is_float,
         is_log=shape.use_logfmt,
         ranges_at=ranges_at,
-        stride=align(ranges_at + row.scale_bytes, 16),
+        checked=shape.checked,
+        check_at=check_at,
+        num_bytes=row.payload_bytes,
+        padded_bytes=next_power_of_two(row.payload_bytes),
+        stride=align(check_at + 8 * shape.checked, 16),
         aligned=hidden % 8 == 0,
         num_topk=num_topk,
         padded_topk=next_power_of_two(max(num_topk, 1)),

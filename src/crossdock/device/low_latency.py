@@ -83,6 +83,7 @@ class DeviceLowLatency:
                 kind.compact,
                 kind.waits is not None,
                 kind.received is not None,
+                engine.debugs,
             )
         )
         others = (kind.topk_idx, kind.topk_weights, kind.waits, kind.received)
@@ -148,6 +149,7 @@ class DeviceLowLatency:
                 kind.waits is not None,
                 kind.compact,
                 kind.x_is_compact,
+                engine.debugs,
             )
         )
         others = (kind.topk_idx, kind.topk_weights, kind.src_info, kind.out, kind.waits)

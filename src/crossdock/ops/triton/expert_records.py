@@ -28,6 +28,8 @@ class ExpertRow(NamedTuple):
         num_scales, padded_scales: 32-bit words of scales.
         scales_at, choices_at: where scales begin, and the words `(n-th of its expert, expert)`,
             behind which the weights are.
+        checked, check_at: whether the sum of the payload travels with it, and where: see
+            `row_checks`.
         stride: from row to row.
     """
 
@@ -46,6 +48,8 @@ class ExpertRow(NamedTuple):
     padded_scales: int
     scales_at: int
     choices_at: int
+    checked: bool
+    check_at: int
     stride: int
 
 

@@ -26,6 +26,7 @@ from crossdock.ops.triton.expert_sends import CREDIT, send_row
 from crossdock.ops.triton.links import heap_of, heaps_of, words_at
 from crossdock.ops.triton.masked import is_counted_on, is_left_out, is_masked, mask_ranks
 from crossdock.ops.triton.pieces import load_pieces, num_pieces, store_piece
+from crossdock.ops.triton.row_checks import check_sum, sum_of_pieces
 from crossdock.ops.triton.sync import (
     draw_ticket,
     enter,
@@ -231,6 +232,10 @@ def _place(
         at = own + zone.landing + tl.cast(item, tl.int64) * ROW.stride
         # On its way while its places are worked out.
         payload, scales = _load_landed(at, ROW)
+        if ROW.checked:
+            told = tl.load(words_at(at + ROW.check_at, 8))
+            found = sum_of_pieces(payload, ROW.num_words, ROW.words)
+            check_sum(found, told, src, number, link, G)
         choices = tl.load(
             words_at(at + ROW.choices_at, 8) + slot, mask=slot < E.num_topk, other=0x7FFFFFFF
         )

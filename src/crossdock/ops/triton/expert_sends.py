@@ -15,6 +15,7 @@ from crossdock.ops.triton.choices import count_earlier
 from crossdock.ops.triton.links import heaps_of, row_at, words_at
 from crossdock.ops.triton.pieces import load_pieces, num_pieces, store_piece
 from crossdock.ops.triton.quantize import UE8M0, encode_part, largest
+from crossdock.ops.triton.row_checks import sum_of_pieces
 from crossdock.ops.triton.sync import has_credit, look_for_credit, raise_flags, tagged
 
 __all__ = ["CREDIT", "send_row"]
@@ -54,6 +55,10 @@ def send_row(
     choices = tagged(count_earlier(tokens.topk_idx, token, E), ids & 0x7FFFFFFF)
     if ROW.rule != "":
         row, scales = _encoded(row, ROW)
+    if ROW.checked:
+        ENCODED: tl.constexpr = ROW.rule != ""
+        WIDTH: tl.constexpr = ROW.hidden if ENCODED else ROW.num_words
+        told = sum_of_pieces(row, WIDTH, ROW.columns if ENCODED else ROW.words)
     if has_credit(credit, own, link.kind, number, link, CREDIT, G):
         begin = zone.landing + tl.cast(link.rank * call.num_slots + token, tl.int64) * ROW.stride
         for step in range(G.size):
@@ -65,6 +70,8 @@ def send_row(
                 if E.has_weights:
                     words = words_at(at + ROW.choices_at + 8 * E.num_topk, 4) + slot
                     tl.store(words, weights, mask=slot < E.num_topk)
+                if ROW.checked:
+                    tl.store(words_at(at + ROW.check_at, 8), told)
         flags = words_at(heaps + zone.flags, 4) + link.rank * call.num_slots + token
         raise_flags(flags, peer < G.size, number * 2 + is_sent)
 

@@ -23,6 +23,7 @@ import triton.language as tl
 from crossdock.ops.triton.links import Address, heap_of, heaps_of, row_at, words_at
 from crossdock.ops.triton.masked import is_left_out
 from crossdock.ops.triton.quantize import load_log, load_ranges, round_sum, store_log
+from crossdock.ops.triton.row_checks import check_sum, sum_of
 from crossdock.ops.triton.sync import (
     draw_ticket,
     enter,
@@ -52,6 +53,8 @@ class Partial(NamedTuple):
         hidden, padded: H, and the next power of two.
         is_float: sums are rounded to float32, otherwise to bf16.
         is_log, ranges_at: whether they travel in the logarithmic format, and where ranges begin.
+        checked, check_at: see `expert_records.ExpertRow`.
+        num_bytes, padded_bytes: of what travels, but for ranges, and the next power of two.
         stride: bytes from row to row.
         aligned: whether rows of x begin on 16-byte bounds.
         num_topk, padded_topk: K.
@@ -67,6 +70,10 @@ class Partial(NamedTuple):
     is_float: bool
     is_log: bool
     ranges_at: int
+    checked: bool
+    check_at: int
+    num_bytes: int
+    padded_bytes: int
     stride: int
     aligned: bool
     num_topk: int
@@ -289,10 +296,27 @@ def _store_sum(to, total, P: tl.constexpr, G: tl.constexpr):
         total = round_sum(total, tl.bfloat16, G.is_compiled)
     if P.is_log:
         values = tl.reshape(total.to(tl.float32), [P.padded // 64, 64])
-        store_log(row_at(to, tl.uint8), row_at(to + P.ranges_at, tl.float32), values, P.hidden)
+        ranges = row_at(to + P.ranges_at, tl.float32)
+        low, high = store_log(row_at(to, tl.uint8), ranges, values, P.hidden)
+        if P.checked:
+            told = sum_of(tl.ravel(low)) + sum_of(high)
+            tl.store(words_at(to + P.check_at, 8), told)
     else:
         row = row_at(to, tl.float32 if P.is_float else tl.bfloat16)
         tl.store(row + lane, total, mask=lane < P.hidden)
+        if P.checked:
+            WORD: tl.constexpr = tl.int32 if P.is_float else tl.int16
+            told = sum_of(tl.where(lane < P.hidden, total.to(WORD, bitcast=True), 0))
+            tl.store(words_at(to + P.check_at, 8), told)
+
+
+@triton.jit
+def _check_sum(at, here, r, number, link, P: tl.constexpr, G: tl.constexpr):
+    """Report a rank whose sum is not what it was."""
+    byte = tl.arange(0, P.padded_bytes)
+    row = tl.load(words_at(at, 1) + byte, mask=(byte < P.num_bytes) & here, other=0)
+    told = tl.load(words_at(at + P.check_at, 8), mask=here, other=0)
+    check_sum(sum_of(row), told, r, number, link, G)
 
 
 @triton.jit
@@ -352,6 +376,8 @@ def _reduce(
     for r in tl.static_range(SIZE):
         here = tl.max(((peer == r) & has_come).to(tl.int32)) > 0
         begin = tl.cast(r * call.num_slots + token, tl.int64) * P.stride
+        if P.checked:
+            _check_sum(own + zone.landing + begin, here, r, number, link, P, G)
         total += _load_sum(own + zone.landing + begin, here, P)
     to = chosen.out + tl.cast(token, tl.int64) * (2 * P.hidden)
     rounded = round_sum(total, tl.bfloat16, G.is_compiled)

@@ -318,13 +318,16 @@ def _high_bytes(pairs, H: tl.constexpr):
 
 @triton.jit
 def store_log(packed, ranges, values, H: tl.constexpr):
-    """Encode a row to where it goes.
+    """Encode a row to where it goes, and return what it is made of.
 
     Args:
         packed: address of its packed bytes, uint8.
         ranges: address of its ranges, float32.
         values: as `encode_log` takes them.
         H: columns of the row.
+
+    Returns:
+        Its bytes, uint8: those of columns [B, 64], and those behind them; 0 beyond the last.
     """
     Q: tl.constexpr = (H + 3) // 4
     low, high, top, step = encode_log(values, H)
@@ -335,6 +338,7 @@ def store_log(packed, ranges, values, H: tl.constexpr):
     tl.store(packed + 4 * Q + group, high, mask=group < Q)
     pair = 2 * block + tl.arange(0, 2)[None, :]
     tl.store(ranges + pair, tl.join(top, step), mask=block * LOG_BLOCK < H)
+    return tl.where(column < 4 * Q, low, 0), tl.where(group < Q, high, 0)
 
 
 @triton.jit

@@ -98,6 +98,8 @@ def _place(
             limit = call.num_rows // G.size
             begin = rank * limit
         tokens = tl.sum(tl.where(src == rank, num_sent, 0))
+        if ROW.viewed & ROW.checked:
+            _check_views(own, rank, chunk * CHUNK, tokens, link, zone, call, number, ROW, G)
         if not ROW.viewed:
             for then in tl.static_range(STEP, CHUNK, STEP):
                 first = chunk * CHUNK + then
@@ -188,6 +190,23 @@ def _load_rows(
         told = tl.load(words_at(payload_at + ROW.check_at, 8), mask=token < num_tokens, other=0)
         check_sums(sums, told, heads >= 0, src, number, link, G)
     return payload, scales, heads
+
+
+@triton.jit
+def _check_views(
+    own, src, begin, num_tokens, link, zone, call, number, ROW: tl.constexpr, G: tl.constexpr
+):
+    """Look at the sums of the rows of a chunk, which stay where they are."""
+    word = tl.arange(0, ROW.padded_words)
+    for first in range(begin, begin + ROW.chunk, ROW.rows):
+        token = first + tl.arange(0, ROW.rows)
+        heads = _heads_of(own, src, token, num_tokens, zone, call)
+        is_here = (heads >= 0) & (heads < call.num_slots)
+        at = (src * call.num_slots + heads).to(tl.int64) * ROW.stride + (own + zone.landing)
+        words = words_at(at, ROW.word)[:, None] + word[None, :]
+        rows = tl.load(words, mask=is_here[:, None] & (word < ROW.num_words)[None, :], other=0)
+        told = tl.load(words_at(at + ROW.check_at, 8), mask=is_here, other=0)
+        check_sums(sums_of(rows), told, is_here, src, number, link, G)
 
 
 @triton.jit

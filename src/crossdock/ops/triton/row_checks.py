@@ -9,9 +9,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from crossdock.ops.triton.pieces import num_pieces
 from crossdock.ops.triton.sync import condemn
 
-__all__ = ["check_sums", "sums_of"]
+__all__ = ["check_sum", "check_sums", "sum_of", "sum_of_pieces", "sums_of"]
 
 DAMAGE = tl.constexpr(14)
 
@@ -31,6 +32,29 @@ def sums_of(words):
 
 
 @triton.jit
+def sum_of(piece):
+    """The same of a piece of a row that begins at an even byte; bytes are taken in pairs: int64.
+
+    Example: bytes [1, 2, 3] -> 1 + 2 * 256 + 3, which is the sum of the halves 513 and 3
+    """
+    if piece.dtype.primitive_bitwidth == 8:
+        shift = 8 * (tl.arange(0, piece.numel) % 2).to(tl.int64)
+        return tl.sum((piece.to(tl.int8, bitcast=True).to(tl.int64) & 0xFF) << shift, 0)
+    else:
+        return tl.sum(sums_of(tl.reshape(piece, [1, piece.numel])), 0)
+
+
+@triton.jit
+def sum_of_pieces(row, WIDTH: tl.constexpr, PIECE: tl.constexpr):
+    """The same of a row in pieces: see `pieces`."""
+    total = tl.zeros([], tl.int64)
+    for nth in tl.static_range(num_pieces(WIDTH, PIECE)):
+        lane = nth * PIECE + tl.arange(0, row[nth].numel)
+        total += sum_of(tl.where(lane < WIDTH, row[nth], 0))
+    return total
+
+
+@triton.jit
 def check_sums(sums, told, kept, src, number, link, G: tl.constexpr):
     """Report a rank of whose rows some have other sums than it told.
 
@@ -44,4 +68,11 @@ def check_sums(sums, told, kept, src, number, link, G: tl.constexpr):
         G: see `Group`.
     """
     if tl.max(((sums != told) & kept).to(tl.int32)) > 0:
+        condemn(src, number, link, DAMAGE, G)
+
+
+@triton.jit
+def check_sum(found, told, src, number, link, G: tl.constexpr):
+    """The same of one row, where there is one."""
+    if found != told:
         condemn(src, number, link, DAMAGE, G)
