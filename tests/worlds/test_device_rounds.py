@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 
 from crossdock import Buffer
@@ -123,23 +124,44 @@ def test_high_throughput_rounds_begin_again(interpreted_pool):
     assert found == [{4, 5, 6, 7}] * NUM_RANKS, "route, send, place and combine"
 
 
-def ask_for_each(_: Any) -> list[tuple[bool, list[int]]]:
-    from tests.worlds.round_kernels import may_write
+def ask_for_each(_: Any, name: str) -> list[tuple[int, list[int], list[int]]]:
+    from tests.worlds import round_kernels
 
-    return [may_write(number, behind) for number, behind, _ in ASKED]
+    ask, asked = getattr(round_kernels, name), MAY_WRITE if name == "may_write" else ALL_COME
+    return [tuple(ask(*question)) for *question, _ in asked]
 
 
 LAST, FIRST = 2**31 - 1, -(2**31)
-ASKED = [
-    (7, [6, 6, 9], (True, [])),
-    (7, [6, 5, 6], (False, [1])),
-    (FIRST, [LAST, LAST, FIRST], (True, [])),
-    (FIRST, [LAST, LAST - 1, LAST], (False, [1])),
-    (FIRST + 9, [FIRST + 8, FIRST + 8, LAST], (False, [2])),
-    (-5, [-6, -6, -7], (False, [2])),
+MAY_WRITE = [
+    (7, [6, 6, 9], None, (1, [], [])),
+    (7, [6, 5, 6], None, (0, [1], [])),
+    (FIRST, [LAST, LAST, FIRST], None, (1, [], [])),
+    (FIRST, [LAST, LAST - 1, LAST], None, (0, [1], [])),
+    (FIRST + 9, [FIRST + 8, FIRST + 8, LAST], None, (0, [2], [])),
+    (-5, [-6, -6, -7], None, (0, [2], [])),
+    (7, [6, 5, 6], [], (1, [], [1])),
+    (7, [6, 2, 6], [1], (1, [], [1])),
+    (7, [6, 6, 6], [0], (0, [], [0])),
+    (7, [6, 2, 2], [0], (0, [], [0])),
 ]
-"""Number of a round, rounds that ranks have behind them, whether one may write, who is late."""
+"""Number of a round, rounds that ranks have behind them, and who is masked, if a rank may be;
+whether rank 0 may write, who is reported, and who is masked then: without itself it may nothing."""
+
+ALL_COME = [
+    (7, [7, 7, 7], None, (6, [], [])),
+    (7, [7, 6, 7], None, (-1, [1], [])),
+    (7, [7, 8, 7], None, (-1, [1], [])),
+    (FIRST, [FIRST, FIRST, LAST], None, (-1, [2], [])),
+    (7, [7, 6, 7], [], (4, [], [1])),
+    (7, [7, 6, 7], [1], (4, [], [1])),
+    (7, [7, 7, 7], [1], (4, [], [1])),
+    (7, [7, 6, 6], [0], (0, [], [0])),
+]
+"""The same of words that ranks write: 1, 2 and 3, of which the sum is told, if all have come that
+are counted on; or -1."""
 
 
-def test_nobody_writes_before_all_are_through(interpreted_pool):
-    assert interpreted_pool.run(ask_for_each, num_ranks=1) == [[told for *_, told in ASKED]]
+@pytest.mark.parametrize(("name", "asked"), [("may_write", MAY_WRITE), ("all_come", ALL_COME)])
+def test_waits_end_as_they_should(interpreted_pool, name, asked):
+    (found,) = interpreted_pool.run(ask_for_each, name, num_ranks=1)
+    assert found == [told for *_, told in asked]
