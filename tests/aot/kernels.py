@@ -90,6 +90,7 @@ class Shape(NamedTuple):
         viewed: whether high-throughput rows stay where they land.
         counts_waits: of high-throughput calls; low-latency ones always do here.
         checked: whether sums of rows travel with them.
+        shrinks: whether low-latency calls go on without ranks that are late.
     """
 
     kernel: str
@@ -107,6 +108,7 @@ class Shape(NamedTuple):
     viewed: bool = False
     counts_waits: bool = False
     checked: bool = False
+    shrinks: bool = False
 
 
 class Tile(NamedTuple):
@@ -154,7 +156,14 @@ def compile_shape(capability: int, shape: Shape) -> Compiled:
 
 def group_of(shape: Shape, capability: int) -> Group:
     padded = triton.next_power_of_2(shape.num_ranks)
-    return Group(shape.num_ranks, padded, NUM_STATES, is_compiled=True, overlaps=capability >= 90)
+    return Group(
+        shape.num_ranks,
+        padded,
+        NUM_STATES,
+        is_compiled=True,
+        can_shrink=shape.shrinks,
+        overlaps=capability >= 90,
+    )
 
 
 def make_dispatch_experts(shape: Shape, capability: int) -> tuple[Kernel, Tile]:

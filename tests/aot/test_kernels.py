@@ -62,6 +62,8 @@ ON_90 = {
     "dispatch_experts checked": {"form": "fp8", "checked": True},
     "combine_experts checked": {"checked": True},
     "combine_experts logfmt, checked": {"is_log": True, "checked": True},
+    "dispatch_experts shrinking": {"form": "fp8", "shrinks": True},
+    "combine_experts shrinking": {"shrinks": True},
     "send_ranks checked": {"checked": True},
     "place_ranks checked": {"checked": True},
     "combine_ranks checked": {"checked": True},
@@ -76,7 +78,7 @@ SPILLING = (
 )
 """Which still keep a few registers on the stack, on one of the architectures or Triton versions."""
 
-UNHURRIED = ("of odd width", "alone", "checked")
+UNHURRIED = ("of odd width", "alone", "checked", "shrinking")
 """Where registers may spill."""
 CASES = [(name, capability) for name in EVERYWHERE for capability in CAPABILITIES]
 CASES += [(name, 90) for name in ON_90]
@@ -109,6 +111,8 @@ RELEASES = ACQUIRES - {"place_ranks"}
 
 OVERLAPS = {"dispatch_experts", "combine_experts"}
 FOLLOWS = r"\bgriddepcontrol\.wait;"
+"""What a kernel waits by for the one before it, and has to before it touches any memory."""
+TOUCHES = r"\b(ld|st|atom|red)(\.volatile)?\.global\b"
 
 Code = Any
 """A `kernels.Compiled`."""
@@ -154,7 +158,8 @@ def code_faults(name: str, capability: int, code: Code) -> list[str]:
         faults.append("nothing is released to the system")
     if kernel in ACQUIRES and not count(ACQUIRE, code.ptx):
         faults.append("nothing is acquired from the system")
-    if (kernel in OVERLAPS and capability >= 90) != bool(count(FOLLOWS, code.ptx)):
+    begin = re.split(TOUCHES, code.ptx, maxsplit=1)[0]
+    if (kernel in OVERLAPS and capability >= 90) != bool(count(FOLLOWS, begin)):
         faults.append("it should wait for the kernel before on 9.0 and newer, if it overlaps")
     return faults + re.findall(TOO_NARROW, code.ptx)
 
@@ -227,6 +232,14 @@ def test_other_code_would_be_found(compiled, old, new):
     ptx = re.sub(old, new, code.ptx)
     assert ptx != code.ptx
     assert code_faults("combine_ranks", 90, code._replace(ptx=ptx))
+
+
+def test_coming_too_early_would_be_found(compiled):
+    code = compiled("combine_experts fp32", 90)
+    parts = re.split(FOLLOWS, code.ptx)
+    late = code._replace(ptx="".join(parts) + "griddepcontrol.wait;")
+    assert len(parts) == 2
+    assert code_faults("combine_experts fp32", 90, late)
 
 
 @pytest.mark.parametrize("usage", ["REG:255 STACK:8 SHARED:0 LOCAL:0", "REG:9 STACK:0 LOCAL:16"])

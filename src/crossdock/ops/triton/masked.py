@@ -28,7 +28,7 @@ def is_counted_on(link, ranks, G: tl.constexpr):
     peer = tl.arange(0, G.padded)
     is_left = (peer < G.size) & (is_masked(link, peer, peer < G.size) == 0)
     bits = tl.sum(tl.where(is_left, 1 << peer, 0))
-    bits = alike(tl.where((bits >> link.rank) & 1, bits, 0))
+    bits = alike(tl.where(((bits >> link.rank) & 1) != 0, bits, 0))
     return ((bits >> ranks) & 1) != 0
 
 

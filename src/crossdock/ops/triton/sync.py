@@ -196,6 +196,9 @@ def _wait(
         spent = ((_now(polls, G) - begin) // TICK).to(tl.int64)
     if HOW == FLAG:
         tl.debug_barrier()
+    elif HOW == TAGGED:
+        # What warps use may have been tested by others alone, or loaded twice, for two layouts.
+        seen = tl.where(standing == COME, _look(words, wanted, TAGGED), seen)
     return seen, standing < LATE, spent
 
 
