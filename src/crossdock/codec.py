@@ -61,7 +61,10 @@ def row_format(x: Tokens) -> RowFormat:
 
 def metas(x: Tokens) -> tuple[Meta, ...]:
     """What there is to know of `x` beside its bytes."""
-    return tuple(meta(part) for part in x) if isinstance(x, tuple) else (meta(x),)
+    if isinstance(x, tuple):
+        data, scales = x
+        return meta(data), meta(scales)
+    return (meta(x),)
 
 
 def format_of(planes: tuple[Meta, ...]) -> RowFormat:

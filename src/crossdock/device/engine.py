@@ -63,7 +63,7 @@ class Engine:
         self._interpreted = transport.is_interpreted
         self._report = Report(self.num_ranks, self.device)
         self._report_at = self._report.address
-        self._memory = Memory(transport)
+        self._memory = Memory(transport, guarded=self.debugs)
         self._transport = transport
         self.device_types = transport.device_types
         self._words = self._unread = HostWords(1, self.device)

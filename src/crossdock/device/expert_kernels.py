@@ -95,7 +95,7 @@ def plan_dispatch(
     capacity = DeviceCapacity(
         slots=shape.num_slots,
         row_bytes=row.stride,
-        back_bytes=align(back_bytes + 8 * shape.checked, 16),
+        back_bytes=align(align(back_bytes, 16) + 8 * shape.checked, 16),
         topk=shape.num_topk,
         experts=experts.local,
     )

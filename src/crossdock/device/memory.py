@@ -16,7 +16,6 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 
-from crossdock import _env
 from crossdock.config import align
 from crossdock.errors import BufferTooSmallError, HandleError, TransportError
 from crossdock.ops.triton.expert_records import Zone
@@ -216,6 +215,7 @@ class Generation:
         rank: int,
         device: torch.device,
         report: int,
+        guarded: bool,
     ) -> None:
         self.capacity = capacity
         self.heap = heap
@@ -229,19 +229,18 @@ class Generation:
         words = own[self.plan.watch : self.plan.credits].view(torch.int64)
         words[REPORT.value] = report
         self.masked = words[MASKED.value : MASKED.value + len(heap.addresses)]
-        self._guards = [own[begin : begin + _LINE] for begin in self.plan.guards]
-        if _env.debug():
-            for guard in self._guards:
-                guard.fill_(_CANARY)
+        self._guards = [own[begin : begin + _LINE] for begin in self.plan.guards if guarded]
+        for guard in self._guards:
+            guard.fill_(_CANARY)
 
     def check_guards(self) -> None:
-        """Raise `TransportError` if something was written between the pieces of this heap.
+        """Raise `TransportError` if something was written between the pieces of a guarded heap.
 
         Sync: waits for the device.
         """
         broken = [
             begin
-            for begin, guard in zip(self.plan.guards, self._guards, strict=True)
+            for begin, guard in zip(self.plan.guards, self._guards, strict=False)
             if not bool((guard == _CANARY).all())
         ]
         if broken:
@@ -293,14 +292,15 @@ class Memory:
 
     Args:
         transport: what reserves it.
+        guarded: whether what lies between the pieces of a heap is looked at.
 
     Attributes:
         num_ranks: R.
         current: the heap; None before the first call.
     """
 
-    def __init__(self, transport: Symmetric) -> None:
-        self._transport = transport
+    def __init__(self, transport: Symmetric, *, guarded: bool) -> None:
+        self._transport, self._guarded = transport, guarded
         self._rank = transport.topology.rank
         self.num_ranks = transport.topology.num_ranks
         self._kept: list[Generation] = []
@@ -353,7 +353,14 @@ class Memory:
 
     def _replace(self, heap: AddressedHeap, capacity: DeviceCapacity, report: int) -> Generation:
         device = self._transport.device
-        self.current = Generation(heap, capacity, rank=self._rank, device=device, report=report)
+        self.current = Generation(
+            heap,
+            capacity,
+            rank=self._rank,
+            device=device,
+            report=report,
+            guarded=self._guarded,
+        )
         return self.current
 
     def clear(self) -> None:
