@@ -215,7 +215,7 @@ class Generation:
         rank: int,
         device: torch.device,
         report: int,
-        guarded: bool,
+        guarded: bool = False,
     ) -> None:
         self.capacity = capacity
         self.heap = heap
@@ -299,7 +299,7 @@ class Memory:
         current: the heap; None before the first call.
     """
 
-    def __init__(self, transport: Symmetric, *, guarded: bool) -> None:
+    def __init__(self, transport: Symmetric, *, guarded: bool = False) -> None:
         self._transport, self._guarded = transport, guarded
         self._rank = transport.topology.rank
         self.num_ranks = transport.topology.num_ranks

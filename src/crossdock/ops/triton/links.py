@@ -129,7 +129,8 @@ def alike(value):
     """The largest of what the warps of a program have for a number: the same for all of them.
 
     Each warp loads for itself, so of a word that changes meanwhile they may see different values.
-    No branch may depend on those: where only some warps come to a barrier, it is none.
+    No branch may depend on those: where only some warps come to a barrier, it is none. (In the
+    interpreter there is but one, which need not be asked.)
     """
     return tl.max(tl.zeros([THREADS], tl.int32) + value)
 

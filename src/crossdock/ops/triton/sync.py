@@ -137,17 +137,20 @@ def _is_late(seen, number, HOW: tl.constexpr, SHIFT: tl.constexpr, G: tl.constex
 @triton.jit
 def _standing(late, ranks, begin, polls, link, watch, G: tl.constexpr):
     """How a wait stands, in which the words of some ranks may be late; the same for all warps."""
-    over = _is_over(begin, polls, link, G)
+    TICK: tl.constexpr = 1000 if G.is_compiled else 1
+    spent = (globaltimer() if G.is_compiled else polls) - begin
+    over = (link.deadline > 0) & (spent > tl.cast(link.deadline, tl.int64) * TICK)
     if G.can_shrink:
         is_missed = late & is_counted_on(link, ranks, G)
-        over = over & may_go_on(is_missed, ranks, _now(polls, G) - begin, link, watch, G)
+        over = over & may_go_on(is_missed, ranks, spent, link, watch, G)
         standing = tl.maximum(
             tl.max(late.to(tl.int32)) * GONE, tl.max(is_missed.to(tl.int32)) * LATE
         )
     else:
         standing = tl.max(late.to(tl.int32)) * LATE
     ended = tl.where(tl.load(watch + FAILED, volatile=True) != 0, BROKEN, over.to(tl.int32) * OVER)
-    return alike(tl.where(standing == LATE, tl.maximum(standing, ended), standing))
+    standing = tl.where(standing == LATE, tl.maximum(standing, ended), standing)
+    return alike(standing) if G.is_compiled else standing
 
 
 @triton.jit
@@ -175,7 +178,7 @@ def _wait(
     late = wanted & _is_late(seen, number, HOW, SHIFT, G)
     standing = tl.max(late.to(tl.int32)) * LATE
     if HOW != FLAG:
-        standing = alike(standing)
+        standing = alike(standing) if G.is_compiled else standing
     if standing == LATE:
         watch = words_at(heap_of(link, link.rank), 8)
         polls = number * 0
@@ -200,14 +203,6 @@ def _wait(
         # What warps use may have been tested by others alone, or loaded twice, for two layouts.
         seen = tl.where(standing == COME, _look(words, wanted, TAGGED), seen)
     return seen, standing < LATE, spent
-
-
-@triton.jit
-def _is_over(begin, polls, link, G: tl.constexpr):
-    """Whether the deadline of a wait has passed."""
-    TICK: tl.constexpr = 1000 if G.is_compiled else 1
-    spent = _now(polls, G) - begin
-    return (link.deadline > 0) & (spent > tl.cast(link.deadline, tl.int64) * TICK)
 
 
 @triton.jit
