@@ -61,7 +61,6 @@ ON_90 = {
     "place_ranks of views": {"brings_weights": True, "viewed": True, "counts_waits": True},
     "dispatch_experts checked": {"form": "fp8", "checked": True},
     "combine_experts checked": {"checked": True},
-    "combine_experts logfmt, checked": {"is_log": True, "checked": True},
     "dispatch_experts shrinking": {"form": "fp8", "shrinks": True},
     "combine_experts shrinking": {"shrinks": True},
     "send_ranks checked": {"checked": True},

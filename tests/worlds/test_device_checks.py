@@ -79,15 +79,15 @@ def lay_out_of(buffer, topk_idx):
     }
 
 
-@pytest.mark.parametrize("viewed", [False, True])
-@pytest.mark.parametrize("form", ["bf16", "fp32"])
+@pytest.mark.parametrize(("form", "viewed"), [("bf16", False), ("fp32", False), ("bf16", True)])
 def test_sums_of_sound_rows_are_right(interpreted_pool, form, viewed):
     job = (there_and_back, form, viewed, None, "")
     assert interpreted_pool.run(*job, num_ranks=2) == [True] * 2
 
 
-@pytest.mark.parametrize("viewed", [False, True])
-@pytest.mark.parametrize("how", SENDERS)
+@pytest.mark.parametrize(
+    ("how", "viewed"), [("dispatch", False), ("dispatch", True), ("combine", False)]
+)
 def test_damaged_rows_are_reported_with_who_sent_them(interpreted_pool, how, viewed):
     told = interpreted_pool.run(there_and_back, "bf16", viewed, 1, how, num_ranks=2)
     assert "rows of ranks [1] have come damaged" in told[0]
@@ -100,7 +100,6 @@ def test_damaged_rows_are_reported_with_who_sent_them(interpreted_pool, how, vie
 
 WAYS = {
     "bf16": (BF16, {}, {"use_fp8": False}, {}),
-    "fp8": (FP8_BLOCK128, {}, {}, {}),
     "fp8, UE8M0": (FP8_UE8M0, {}, {"round_scale": True, "use_ue8m0": True}, {}),
     "int8": (INT8_ROW, {"low_latency_format": "int8"}, {}, {}),
     "fp32 sums": (FP8_BLOCK128, {"low_latency_rows": "compact", "partials": "fp32"}, {}, {}),

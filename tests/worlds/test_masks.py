@@ -212,12 +212,12 @@ def test_a_rank_that_returns_before_the_combine_owes_nothing(
 
 def come_early(group: Any) -> tuple[int, list[int]]:
     """All but one are late for longer than the deadline: the one waits."""
-    with open_buffer(group, timeout_s=1.0) as buffer:
+    with open_buffer(group, timeout_s=3.0) as buffer:
         buffer.warmup(SLOTS, HIDDEN)
         dispatch_ones(buffer)
         dist.barrier(group)
         if buffer.rank != VICTIM:
-            time.sleep(1.5)
+            time.sleep(3.5)
         return dispatch_ones(buffer), masked(buffer)
 
 
