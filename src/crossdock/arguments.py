@@ -55,7 +55,7 @@ class DispatchArguments(NamedTuple):
         """
         in_rank, per_expert, topk_idx, weights = tensors = self[:4]
         _check_dispatch(metas(x), tuple(map(meta, tensors)), (*self[4:], num_ranks))
-        if in_rank is None or per_expert is None:
+        if in_rank is None or per_expert is None:  # which has been refused
             raise ShapeError("is_token_in_rank", got=None, expected="a tensor")
         if topk_idx is not None:
             check_expert_ids(topk_idx, per_expert.shape[0])
