@@ -163,6 +163,7 @@ def group_of(shape: Shape, capability: int) -> Group:
         is_compiled=True,
         can_shrink=shape.shrinks,
         overlaps=capability >= 90,
+        looks=8 if shape.kernel.endswith("experts") and not shape.shrinks else 1,
     )
 
 

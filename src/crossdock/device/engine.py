@@ -36,6 +36,9 @@ _POLLS_PER_S = 2000
 _TICKS_PER_S = 1_000_000
 """Deadlines are told in microseconds, so that they fit into 32 bits."""
 
+_LOOKS = 8
+"""Looks of a low-latency wait after which it asks what else may end it, which takes longer."""
+
 _POLLS = 1 << 14
 """How often the host looks before it asks whether the device is well."""
 
@@ -82,7 +85,9 @@ class Engine:
         capability = (0, 0) if self._interpreted else torch.cuda.get_device_capability()
         self.use_casts = capability >= (8, 9)
         self.slack_group = self.group._replace(
-            can_shrink=transport.can_shrink, overlaps=capability >= (9, 0)
+            can_shrink=transport.can_shrink,
+            overlaps=capability >= (9, 0),
+            looks=1 if transport.can_shrink else _LOOKS,
         )
         self._masks: DeviceMasks | None = None
         if transport.can_shrink:

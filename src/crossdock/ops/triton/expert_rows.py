@@ -40,6 +40,7 @@ from crossdock.ops.triton.sync import (
     wait_flags,
     wait_for_credit,
     wait_here,
+    wait_singled,
     wait_tagged,
 )
 
@@ -76,9 +77,9 @@ def dispatch_experts(
         if wait_for_credit(own, link.kind, number, link, CREDIT, G) & takes_part:
             _tell(tokens.topk_idx, link, zone, call, number, E, G)
     elif ticket < call.num_senders + 2:
-        num_tokens = call.num_tokens * takes_part.to(tl.int32)
+        num_tokens, granted = call.num_tokens * takes_part.to(tl.int32), tl.cast(0, tl.int1)
         for token in range(ticket - 2, num_tokens, call.num_senders):
-            send_row(own, tokens, token, link, zone, call, number, ROW, E, G)
+            granted = send_row(own, tokens, token, link, zone, call, number, granted, ROW, E, G)
     elif ticket == call.num_senders + 2:
         _lay_out(own, slabs, link, zone, call, number, E, G)
     elif ticket < call.num_senders + 3 + TIMERS:
@@ -274,7 +275,10 @@ def _begin_of(
         return tl.sum(tl.where(expert < local[:, None], total[None, :], same), 1)
     else:
         wanted, ranks = counts & (rank < src) & is_here[None, :], rank + local[None, :] * 0
-        found = _counted(words + local[None, :], wanted, ranks, number, link, G)
+        if G.can_shrink:
+            found = read_tagged(words + local[None, :], wanted)
+        else:
+            found, _ = wait_singled(words + local[None, :], wanted, ranks, number, link, COUNTS, G)
         return tl.sum(found, 0) + local * (G.size * call.num_slots)
 
 

@@ -32,13 +32,15 @@ def send_row(
     zone,
     call,
     number,
+    granted,
     ROW: tl.constexpr,
     E: tl.constexpr,
     G: tl.constexpr,
 ):
     """Write one row to every rank that has an expert for it, and say to all ranks which.
 
-    Loaded and encoded while it is not yet known whether it may be written.
+    Loaded and encoded while it is not yet known whether it may be written, which is returned: the
+    next row of the program need not ask.
     """
     credit = look_for_credit(own, link.kind, link, G)
     slot, peer = tl.arange(0, E.padded_topk), tl.arange(0, G.padded)
@@ -59,7 +61,9 @@ def send_row(
         ENCODED: tl.constexpr = ROW.rule != ""
         WIDTH: tl.constexpr = ROW.hidden if ENCODED else ROW.num_words
         told = sum_of_pieces(row, WIDTH, ROW.columns if ENCODED else ROW.words)
-    if has_credit(credit, own, link.kind, number, link, CREDIT, G):
+    if granted == 0:
+        granted = has_credit(credit, own, link.kind, number, link, CREDIT, G)
+    if granted:
         begin = zone.landing + tl.cast(link.rank * call.num_slots + token, tl.int64) * ROW.stride
         for step in range(G.size):
             this = peer == (link.rank + 1 + step) % G.size
@@ -74,6 +78,7 @@ def send_row(
                     tl.store(words_at(at + ROW.check_at, 8), told)
         flags = words_at(heaps + zone.flags, 4) + link.rank * call.num_slots + token
         raise_flags(flags, peer < G.size, number * 2 + is_sent)
+    return granted
 
 
 @triton.jit

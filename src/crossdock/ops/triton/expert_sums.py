@@ -34,9 +34,9 @@ from crossdock.ops.triton.sync import (
     raise_flags,
     tagged,
     time_flags,
-    wait_all_tagged,
     wait_flags,
     wait_for_credit,
+    wait_singled,
 )
 
 __all__ = ["Chosen", "Partial", "ReturnCall", "ReturnZone", "Returned", "combine_experts"]
@@ -155,10 +155,14 @@ def combine_experts(chosen, returned, link, zone, call, P: tl.constexpr, G: tl.c
         peer = tl.arange(0, G.padded)
         words = words_at(returned.src_info, 4) + returned.num_sent + peer
         num_sent = tl.load(words, mask=(peer < G.size) & takes_part, other=0)
+        granted = tl.cast(0, tl.int1)
         for item in range(ticket - TELLERS, G.size * tl.max(num_sent), call.num_senders):
             src = (link.rank + 1 + item) % G.size
             if item // G.size < tl.sum(tl.where(peer == src, num_sent, 0)):
-                _send_sum(own, returned, src, item // G.size, link, zone, call, number, P, G)
+                token = item // G.size
+                granted = _send_sum(
+                    own, returned, src, token, link, zone, call, number, granted, P, G
+                )
     elif ticket < TELLERS + call.num_senders + TIMERS:
         src = ticket - TELLERS - call.num_senders
         _time(own, chosen, returned, src, link, zone, call, number, P, G)
@@ -214,7 +218,7 @@ def _weights(own, returned, word, rows, src, link, zone, number, P: tl.constexpr
     else:
         words = words_at(own + zone.weights, 8) + word
         wanted, ranks = rows >= 0, rows * 0 + src
-        bits, known = wait_all_tagged(words, wanted, ranks, number, link, WEIGHTS, G)
+        bits, known = wait_singled(words, wanted, ranks, number, link, WEIGHTS, G)
     return bits.to(tl.float32, bitcast=True), known
 
 
@@ -246,9 +250,12 @@ def _rows_of_x(returned, rows, call, P: tl.constexpr, G: tl.constexpr):
 
 @triton.jit
 def _send_sum(
-    own, returned, src, token, link, zone, call, number, P: tl.constexpr, G: tl.constexpr
+    own, returned, src, token, link, zone, call, number, granted, P: tl.constexpr, G: tl.constexpr
 ):
-    """Add up what the experts here have for a token, weighted, and send it to its rank."""
+    """Add up what the experts here have for a token, weighted, and send it to its rank.
+
+    Returns whether that was allowed: the next sum of the program need not ask.
+    """
     credit = look_for_credit(own, link.kind, link, G)
     slot = tl.arange(0, P.padded_topk)
     lane = tl.arange(0, P.padded)
@@ -274,11 +281,13 @@ def _send_sum(
             total += other * tl.sum(tl.where(second, weights, 0.0))
         begin = tl.cast(link.rank * call.num_slots + token, tl.int64) * P.stride
         base = heap_of(link, src)
-        granted = has_credit(credit, own, link.kind, number, link, CREDIT, G)
+        if granted == 0:
+            granted = has_credit(credit, own, link.kind, number, link, CREDIT, G)
         if granted & known:
             _store_sum(base + zone.landing + begin, total, P, G)
             flag = words_at(base + zone.flags, 4) + link.rank * call.num_slots + token
             raise_flags(flag, None, number)
+    return granted
 
 
 @triton.jit

@@ -43,6 +43,7 @@ class Group(NamedTuple):
         is_compiled: False in the interpreter, which has no clock and cuts bf16 off.
         can_shrink: whether the others go on without a rank that is late.
         overlaps: whether programs may come before the kernel before is over. See `sync.follow`.
+        looks: looks at what is waited for after which it is asked what else may end a wait.
     """
 
     size: int
@@ -51,6 +52,7 @@ class Group(NamedTuple):
     is_compiled: bool
     can_shrink: bool = False
     overlaps: bool = False
+    looks: int = 1
 
 
 class Link(NamedTuple):

@@ -58,13 +58,14 @@ __all__ = [
     "wait_flags",
     "wait_for_credit",
     "wait_here",
+    "wait_singled",
     "wait_tagged",
 ]
 
-TAGGED = tl.constexpr("a tagged word of this round")
-FLAG = tl.constexpr("a flag of this round")
-CREDIT = tl.constexpr("a number of this round, or of a later one")
-"""What is waited for. Which of two numbers is the later one their difference tells."""
+CREDIT, TAGGED, SINGLED, FLAG = (tl.constexpr(n) for n in range(4))
+"""What is waited for: a number of this round, or of a later one, which their difference tells; a
+tagged word of this round; the same, where few programs look; a flag of this round. Of the last two
+all warps see the same."""
 
 COME, GONE, LATE, OVER, BROKEN = (tl.constexpr(n) for n in range(5))
 """How a wait stands: all is there; all of those that are still counted on; some are late; some are,
@@ -113,9 +114,15 @@ def _now(polls, G: tl.constexpr):
 
 @triton.jit
 def _look(words, wanted, HOW: tl.constexpr):
-    """What words hold, 0 for those that are not wanted; of flags the same for all warps."""
+    """What words hold, 0 for those that are not wanted.
+
+    One thread loads for all, which takes longer where many programs do so, or every thread does.
+    """
     if HOW == FLAG:
         seen = tl.atomic_add(words, 0, mask=wanted, sem="acquire", scope="sys")
+        return tl.where(wanted, seen, 0)
+    elif HOW == SINGLED:
+        seen = tl.atomic_add(words, 0, mask=wanted, sem="relaxed", scope="sys")
         return tl.where(wanted, seen, 0)
     else:
         return tl.load(words, mask=wanted, other=0, volatile=True)
@@ -124,19 +131,32 @@ def _look(words, wanted, HOW: tl.constexpr):
 @triton.jit
 def _is_late(seen, number, HOW: tl.constexpr, SHIFT: tl.constexpr, G: tl.constexpr):
     """Whether words are of another round; of an earlier one, where a rank may be left behind."""
-    if HOW == TAGGED:
+    if HOW == CREDIT:
+        return number - seen > 0
+    elif HOW != FLAG:
         return seen.to(tl.int32) != number
-    elif HOW == FLAG and not G.can_shrink:
-        return ((seen ^ (number << SHIFT)) >> SHIFT) != 0
-    elif HOW == FLAG:
+    elif G.can_shrink:
         return (number << SHIFT) - ((seen >> SHIFT) << SHIFT) > 0
     else:
-        return number - seen > 0
+        return ((seen ^ (number << SHIFT)) >> SHIFT) != 0
 
 
 @triton.jit
-def _standing(late, ranks, begin, polls, link, watch, G: tl.constexpr):
-    """How a wait stands, in which the words of some ranks may be late; the same for all warps."""
+def _standing(late, ranks, begin, polls, link, watch, G: tl.constexpr, HOW: tl.constexpr):
+    """How a wait stands, in which the words of some ranks may be late; the same for all warps.
+
+    Where the words look the same to all of them, what else may end it is asked now and then only.
+    """
+    EVERY: tl.constexpr = G.looks if HOW >= SINGLED else 1
+    standing = tl.max(late.to(tl.int32)) * LATE
+    if polls % EVERY == 0:
+        standing = _judged(late, ranks, begin, polls, link, watch, G)
+    return standing
+
+
+@triton.jit
+def _judged(late, ranks, begin, polls, link, watch, G: tl.constexpr):
+    """The same, with the deadline and failures in mind."""
     TICK: tl.constexpr = 1000 if G.is_compiled else 1
     spent = (globaltimer() if G.is_compiled else polls) - begin
     over = (link.deadline > 0) & (spent > tl.cast(link.deadline, tl.int64) * TICK)
@@ -177,7 +197,7 @@ def _wait(
     spent = tl.cast(0, tl.int64)
     late = wanted & _is_late(seen, number, HOW, SHIFT, G)
     standing = tl.max(late.to(tl.int32)) * LATE
-    if HOW != FLAG:
+    if HOW < SINGLED:
         standing = alike(standing) if G.is_compiled else standing
     if standing == LATE:
         watch = words_at(heap_of(link, link.rank), 8)
@@ -187,7 +207,7 @@ def _wait(
             polls += 1
             seen = _look(words, wanted, HOW)
             late = wanted & _is_late(seen, number, HOW, SHIFT, G)
-            standing = _standing(late, ranks, begin, polls, link, watch, G)
+            standing = _standing(late, ranks, begin, polls, link, watch, G, HOW)
         if standing != COME:
             seen = tl.atomic_add(words, 0, mask=wanted, sem="acquire", scope="sys")
             late = wanted & _is_late(seen, number, HOW, SHIFT, G)
@@ -240,6 +260,14 @@ def condemn(src, number, link, phase, G: tl.constexpr):
     base = heaps_of(link, peer, peer < G.size)
     why = peer.to(tl.int64) * 0 + GAVE_UP + link.rank
     tl.store(words_at(base, 8) + FAILED, why, mask=peer < G.size)
+
+
+@triton.jit
+def wait_singled(words, wanted, ranks, number, link, phase, G: tl.constexpr):
+    """The same as `wait_all_tagged`, of words at which few programs look."""
+    seen = _look(words, wanted, SINGLED)
+    seen, come, _ = _wait(seen, words, wanted, ranks, number, link, phase, G, SINGLED, 0)
+    return (seen >> 32).to(tl.int32), come
 
 
 @triton.jit
