@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext, suppress
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from triton import knobs
 from crossdock.device.constants import aligned, constants, next_power_of_two, widest_word
 from crossdock.device.launch import Kernel, model_of, starter
 from crossdock.device.rank_kernels import shares
-from crossdock.device.streams import Fork
+from crossdock.device.streams import Branch
 from crossdock.ops.triton import expert_records, expert_sums, rank_records, rank_routes, rank_sums
 from crossdock.ops.triton.links import Address, Link
 
@@ -71,7 +71,7 @@ def move_rows() -> None:
 def test_a_launch_is_whole_or_in_halves(hooked: bool, sizes: list[list[int]]) -> None:
     kernel, arguments = Kernel(move_rows, num_warps=4), ((1, 2), (3,))
     launches = []
-    kernel._start = lambda *launched: launches.append(launched)
+    kernel._start = lambda num, given, _: launches.append((num, given))
     receive = kernel.launch_halves((3, 4), arguments, hooked=hooked)
     for expected in sizes:
         assert launches == [(num, arguments) for num in expected]
@@ -111,18 +111,26 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("driver")
-def test_a_compiled_kernel_is_launched_directly_on_the_current_stream() -> None:
+@pytest.mark.parametrize(
+    ("stream", "handle"), [(None, 200), (SimpleNamespace(cuda_stream=7), 7)], ids=["current", "own"]
+)
+def test_a_compiled_kernel_is_launched_directly(stream: Any, handle: int) -> None:
     compiled = Compiled(is_whole=True)
-    starter(compiled, ("a", "b"))(5, ((1, 2), (3,)))
+    starter(compiled, ("a", "b"))(5, ((1, 2), (3,)), stream)
     told = (17, (4, 1, 0), None, None, None)
-    assert compiled.launches == [("run", 5, 1, 1, 200, *told, (1, 2), (3,), "a", "b")]
+    assert compiled.launches == [("run", 5, 1, 1, handle, *told, (1, 2), (3,), "a", "b")]
 
 
 @pytest.mark.usefixtures("driver")
-def test_what_cannot_be_launched_directly_is_left_to_triton() -> None:
-    compiled = Compiled(is_whole=False)
-    starter(compiled, ("a",))(5, ((1, 2),))
+def test_what_cannot_be_launched_directly_is_left_to_triton(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    compiled, entered = Compiled(is_whole=False), []
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext(entered.append(stream)))
+    stream = SimpleNamespace(cuda_stream=7)
+    starter(compiled, ("a",))(5, ((1, 2),), stream)
     assert compiled.launches == [((5, 1, 1), (1, 2), "a")]
+    assert entered == [stream]
 
 
 @pytest.mark.usefixtures("driver")
@@ -133,7 +141,7 @@ def test_profilers_that_hook_into_triton_are_told(hook: str) -> None:
     watch = print
     hooks.add(watch)
     try:
-        start(5, ((1, 2),))
+        start(5, ((1, 2),), None)
     finally:
         hooks.remove(watch)
     assert compiled.launches == [((5, 1, 1), (1, 2))]
@@ -190,36 +198,48 @@ def test_programs_are_shared_between_two_kinds_of_work(num_sms: int, back: bool)
 
 
 def test_without_streams_there_is_one_line_of_work() -> None:
-    with Fork(None) as fork, fork.line() as line:
-        assert line is None
+    with Branch(None) as branch:
+        assert branch.begin() is None
 
 
 class Stream:
-    """Remembers whom it waited for."""
+    """Remembers whom it waited for, by events, which remember who recorded them last."""
 
     def __init__(self) -> None:
         self.awaited: list[Stream] = []
 
-    def wait_stream(self, other: Stream) -> None:
-        self.awaited.append(other)
+    def record_event(self, event: SimpleNamespace | None) -> SimpleNamespace:
+        event = event or SimpleNamespace()
+        event.recorder = self
+        return event
+
+    def wait_event(self, event: SimpleNamespace) -> None:
+        self.awaited.append(event.recorder)
 
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_the_caller_waits_for_the_second_line_whatever_happens(
     monkeypatch: pytest.MonkeyPatch, fails: bool
 ) -> None:
-    caller, stream = Stream(), Stream()
+    stream = Stream()
+    branch = Branch(stream)  # type: ignore[arg-type]
+    for caller in (Stream(), Stream()):
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda caller=caller: caller)
+        with suppress(ValueError), branch:
+            assert branch.begin() is stream
+            assert stream.awaited.pop() is caller
+            assert not caller.awaited
+            if fails:
+                raise ValueError
+        assert caller.awaited == [stream]
+
+
+def test_nobody_is_waited_for_where_nothing_was_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    caller = Stream()
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: caller)
-    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
-    with suppress(ValueError), Fork(stream) as fork:  # type: ignore[arg-type]
-        with fork.line():
-            assert stream.awaited == [caller]
-        assert not caller.awaited
-        if fails:
-            raise ValueError
-    assert caller.awaited == [stream]
-
-
-def test_nobody_is_waited_for_where_nothing_was_launched() -> None:
-    with Fork(Stream()):  # type: ignore[arg-type]
+    branch = Branch(Stream())  # type: ignore[arg-type]
+    with branch:
+        branch.begin()
+    with branch:
         pass
+    assert len(caller.awaited) == 1

@@ -20,7 +20,7 @@ from crossdock.device.memory import (
     Plan,
     is_capturing,
 )
-from crossdock.device.streams import Fork
+from crossdock.device.streams import Branch
 from crossdock.device.watch import HostWords, Report
 from crossdock.errors import UnsupportedError
 from crossdock.ops.triton.links import Group, Link
@@ -57,6 +57,7 @@ class Engine:
 
     Attributes:
         debugs: whether sums of rows travel with them, and `inspect` looks at the heap.
+        beside: a second line of work beside the current stream.
     """
 
     def __init__(self, transport: Symmetric, session: Session) -> None:
@@ -75,7 +76,7 @@ class Engine:
         self._last_handle: int | None = None
         self._handle_of = None if self._interpreted else driver.active.get_current_stream
         transport.at_close(self._memory)
-        self._beside = None if self._interpreted else torch.cuda.Stream(self.device)
+        self.beside = Branch(None if self._interpreted else torch.cuda.Stream(self.device))
         self._waited_s = 0.0
         self._link = functools.lru_cache(_LINKS)(self._make_link)
         self._captures = False
@@ -245,10 +246,6 @@ class Engine:
                 later()
 
         return anywhere
-
-    def fork(self) -> Fork:
-        """A second line of work beside the current stream, from here on."""
-        return Fork(self._beside)
 
     def link(self, generation: Generation, call: Call, kind: int) -> Link:
         """What a kernel of a call needs to reach the other ranks."""

@@ -30,7 +30,6 @@ from crossdock.device.rank_kernels import (
     plan_dispatch,
     shares,
 )
-from crossdock.device.streams import Fork
 from crossdock.device.trips import Trip
 from crossdock.device.watch import State
 from crossdock.errors import (
@@ -127,14 +126,14 @@ class DeviceExchange:
             elif not trip.has_room:
                 attempt.entered = False  # the others cannot know
                 raise trip.too_many()
-            with engine.fork() as beside:
+            with engine.beside:
                 if trip.has_room:
-                    trip.send(beside)
+                    trip.send()
                 told = trip.route(routing.num_tokens_per_expert, alignment=alignment, is_read=looks)
                 num_rows, per_expert = num_worst_tokens, list[int]()
                 if looks:
                     words = engine.wait_for_host(told)
-                    self._see_to_room(trip, words, beside=beside)
+                    self._see_to_room(trip, words)
                     num_rows = num_worst_tokens or words[2]
                     per_expert = [] if pads else _per_expert(words, routing, self._num_ranks)
                 rows, (idx, weights) = _empty_rows(x, num_rows), _empty_choices(routing, num_rows)
@@ -163,8 +162,8 @@ class DeviceExchange:
             if not trip.has_room:
                 attempt.entered = False
                 raise trip.too_many()
-            with engine.fork() as beside:
-                trip.send(beside)
+            with engine.beside:
+                trip.send()
                 rows = _empty_rows(x, handle.num_recv_rows)
                 trip.place(rows, (handle.num_recv_rows,))
             return join(rows, x)
@@ -185,8 +184,8 @@ class DeviceExchange:
                 waits=stats.waits,
                 config=config,
             )
-            with engine.fork() as beside:
-                trip.send(beside)
+            with engine.beside:
+                trip.send()
                 trip.route(routing.num_tokens_per_expert, is_read=False)
                 idx, weights = _empty_choices(routing, *shape)
                 src_idx = trip.place([], shape, idx=idx, weights=weights)
@@ -323,7 +322,7 @@ class DeviceExchange:
             raise UnsupportedError(f"wait_recv_cost_stats is on {waits.device}, x on {able}")
         return waits is not None
 
-    def _see_to_room(self, trip: Trip, words: Sequence[int], *, beside: Fork) -> None:
+    def _see_to_room(self, trip: Trip, words: Sequence[int]) -> None:
         """Once the ranks agree, move on to a larger heap if some rank has too many tokens."""
         prints = words[3 : 3 + self._num_ranks]
         if len(set(prints)) > 1:
@@ -340,7 +339,7 @@ class DeviceExchange:
                     told = f"an earlier dispatch failed: {error}"
                     self._engine.session.abandon(TransportError(told))
                 raise
-            trip.send(beside)
+            trip.send()
 
 
 def _contiguous(handle: Handle) -> Handle:

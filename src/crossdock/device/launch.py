@@ -21,8 +21,9 @@ from crossdock.device.constants import constants
 
 __all__ = ["Kernel", "model_of", "starter"]
 
-_Start = Callable[[int, tuple[tuple[int, ...], ...]], None]
-"""Launches so many programs with these arguments."""
+_Arguments = tuple[tuple[int, ...], ...]
+_Start = Callable[[int, _Arguments, torch.cuda.Stream | None], None]
+"""Launches so many programs with these arguments on a stream, or on the current one."""
 
 
 class Kernel:
@@ -47,28 +48,34 @@ class Kernel:
         self._marks = _env.marks_launches()
 
     def launch(
-        self, num_programs: int, arguments: tuple[tuple[int, ...], ...], *, half: str = ""
+        self,
+        num_programs: int,
+        arguments: _Arguments,
+        *,
+        stream: torch.cuda.Stream | None = None,
+        half: str = "",
     ) -> None:
-        """Launch it on the current stream.
+        """Launch it.
 
         Args:
             num_programs: of the grid.
             arguments: named tuples of numbers.
+            stream: None for the current one.
             half: "send" or "receive" where it is launched in two, for the names of ranges.
         """
         start = self._start
         if start is None:
             start = self._start = self._prepare(arguments)
         if not self._marks:
-            start(num_programs, arguments)
+            start(num_programs, arguments, stream)
             return
         with torch.cuda.nvtx.range(f"crossdock {self._function.__name__} {half}".rstrip()):
-            start(num_programs, arguments)
+            start(num_programs, arguments, stream)
 
     def launch_halves(
         self,
         sizes: tuple[int, int],
-        arguments: tuple[tuple[int, ...], ...],
+        arguments: _Arguments,
         *,
         hooked: bool,
     ) -> Callable[[], None]:
@@ -84,21 +91,21 @@ class Kernel:
         self.launch(first, arguments, half="send")
         return partial(self.launch, second, arguments, half="receive")
 
-    def _prepare(self, arguments: tuple[tuple[int, ...], ...]) -> _Start:
+    def _prepare(self, arguments: _Arguments) -> _Start:
         """What launches it from now on."""
         function, constants = self._function, self._constants
         if self._interpreted:
-            return lambda num, numbers: function[(num,)](*numbers, *constants)
+            return lambda num, numbers, _: function[(num,)](*numbers, *constants)
         return starter(self._compile(arguments), constants)
 
-    def _compile(self, arguments: tuple[tuple[int, ...], ...]) -> Any:
+    def _compile(self, arguments: _Arguments) -> Any:
         """The kernel for numbers that are nothing in particular."""
         models = [model_of(type(argument)) for argument in arguments]
         return self._function.warmup(*models, *self._constants, grid=(1,), **self.options)
 
 
 def starter(compiled: Any, constants: tuple[object, ...]) -> _Start:
-    """What launches a compiled kernel on the current stream of the device it was compiled for.
+    """What launches a compiled kernel on the device it was compiled for.
 
     Triton finds device, stream and what to tell profilers anew at every launch. Here that is left
     out, as long as no profiler has hooks in Triton and Triton is built as this expects.
@@ -108,8 +115,11 @@ def starter(compiled: Any, constants: tuple[object, ...]) -> _Start:
         constants: behind the arguments of every launch.
     """
 
-    def start_slowly(num_programs: int, arguments: tuple[tuple[int, ...], ...]) -> None:
-        compiled[(num_programs, 1, 1)](*arguments, *constants)
+    def start_slowly(
+        num_programs: int, arguments: _Arguments, stream: torch.cuda.Stream | None
+    ) -> None:
+        with torch.cuda.stream(stream):
+            compiled[(num_programs, 1, 1)](*arguments, *constants)
 
     try:
         run, function, packed = compiled.run, compiled.function, compiled.packed_metadata
@@ -119,12 +129,12 @@ def starter(compiled: Any, constants: tuple[object, ...]) -> _Start:
     stream_of, device = driver.active.get_current_stream, driver.active.get_current_device()
     no_hooks = (None, None, None)
 
-    def start(num_programs: int, arguments: tuple[tuple[int, ...], ...]) -> None:
+    def start(num_programs: int, arguments: _Arguments, stream: torch.cuda.Stream | None) -> None:
         if before or after:
-            start_slowly(num_programs, arguments)
+            start_slowly(num_programs, arguments, stream)
             return
-        stream = stream_of(device)
-        run(num_programs, 1, 1, stream, function, packed, *no_hooks, *arguments, *constants)
+        handle = stream_of(device) if stream is None else stream.cuda_stream
+        run(num_programs, 1, 1, handle, function, packed, *no_hooks, *arguments, *constants)
 
     return start
 

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 
 import torch
 
-__all__ = ["Fork"]
+__all__ = ["Branch"]
 
 
-class Fork:
-    """A second line of work, which the first one waits for at the end of the `with`, come what may.
+class Branch:
+    """A second line of work, which the first one waits for at the end of a `with`, come what may.
 
     So memory of the caller's stream, which the second line reads and writes, is not used again
-    before that is over, even if the call goes wrong in between.
+    before that is over, even if the call goes wrong in between. It serves all calls of a buffer, of
+    which there is one at a time.
 
     Args:
         stream: where the second line runs; None where there are no streams.
@@ -23,8 +23,11 @@ class Fork:
     def __init__(self, stream: torch.cuda.Stream | None) -> None:
         self._stream = stream
         self._caller: torch.cuda.Stream | None = None
+        self._begun: torch.cuda.Event | None = None
+        self._ended: torch.cuda.Event | None = None
 
-    def __enter__(self) -> Fork:
+    def __enter__(self) -> Branch:
+        self._caller = None
         return self
 
     def __exit__(
@@ -34,13 +37,13 @@ class Fork:
         trace: TracebackType | None,
     ) -> None:
         if self._caller is not None and self._stream is not None:
-            self._caller.wait_stream(self._stream)
+            self._ended = self._stream.record_event(self._ended)
+            self._caller.wait_event(self._ended)
 
-    def line(self) -> AbstractContextManager[object]:
-        """What is launched in the body of this runs beside what comes after it."""
-        if self._stream is None:
-            return nullcontext()
-        self._caller = torch.cuda.current_stream()
-        self._stream.wait_stream(self._caller)
-        context: AbstractContextManager[object] = torch.cuda.stream(self._stream)
-        return context
+    def begin(self) -> torch.cuda.Stream | None:
+        """The stream of the second line, which first waits for what the caller's has had to do."""
+        if self._stream is not None:
+            self._caller = torch.cuda.current_stream()
+            self._begun = self._caller.record_event(self._begun)
+            self._stream.wait_event(self._begun)
+        return self._stream

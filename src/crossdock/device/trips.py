@@ -24,7 +24,6 @@ from crossdock.device.rank_kernels import (
     fingerprint,
     shares,
 )
-from crossdock.device.streams import Fork
 from crossdock.device.watch import HostWords, State
 from crossdock.errors import BufferTooSmallError, UnsupportedError
 from crossdock.handle import Handle
@@ -116,7 +115,7 @@ class Trip:
         plan.route.launch(plan.num_timers + 2, arguments)
         return told
 
-    def send(self, beside: Fork) -> None:
+    def send(self) -> None:
         """Send this rank's rows, beside what is launched next."""
         engine, plan = self._engine, self._plan
         programs = max(min(self._shares.senders, -(-self.num_tokens // plan.row.unit)), 1)
@@ -126,8 +125,8 @@ class Trip:
             self.memory.plan.rows,
             self._sent_call(programs),
         )
-        with beside.line():
-            plan.send.launch(engine.num_ranks + programs, arguments)
+        stream = engine.beside.begin()
+        plan.send.launch(engine.num_ranks + programs, arguments, stream=stream)
 
     def place(
         self,
