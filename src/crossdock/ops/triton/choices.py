@@ -63,20 +63,21 @@ def count_choices(topk_idx, num_tokens, E: tl.constexpr):
 def count_earlier(topk_idx, token, E: tl.constexpr):
     """For each choice of a token, how many tokens before it choose the same: [K] int32.
 
-    Eight counts are summed as the bytes of one number, so there are at most 128 tokens at a time.
+    Four counts are summed as the bytes of one number, so there are at most 128 tokens at a time. Of
+    a choice of none the count means nothing.
     """
-    slot = tl.arange(0, E.padded_topk)
+    slot, nth = tl.arange(0, E.padded_topk), tl.arange(0, E.tokens)
     total = tl.zeros([E.padded_topk], tl.int32)
     mine = words_at(topk_idx, 8) + token * E.num_topk
     for begin in range(0, token, E.tokens):
-        theirs = load_choices(topk_idx, begin + tl.arange(0, E.tokens), token, E)
+        theirs = load_choices(topk_idx, begin + nth, token, E)
         K: tl.constexpr = E.num_topk
-        for group in tl.static_range(0, K, 8):
-            same = tl.zeros([E.tokens, E.padded_topk], tl.int64)
-            for k in tl.static_range(group, min(group + 8, K)):
-                is_same = (theirs == tl.load(mine + k).to(tl.int32)) & (theirs >= 0)
-                same = same | (is_same.to(tl.int64) << (8 * (k - group)))
-            once = ((tl.sum(same, 1) + 0x7F7F7F7F7F7F7F7F) >> 7) & 0x0101010101010101
-            found = tl.sum(once, 0) >> (8 * (slot % 8)).to(tl.int64)
-            total += tl.where(slot // 8 == group // 8, found & 0xFF, 0).to(tl.int32)
+        for group in tl.static_range(0, K, 4):
+            same = tl.zeros([E.tokens, E.padded_topk], tl.int32)
+            for k in tl.static_range(group, min(group + 4, K)):
+                is_same = theirs == tl.load(mine + k).to(tl.int32)
+                same = same | (is_same.to(tl.int32) << (8 * (k - group)))
+            once = ((tl.sum(same, 1) + 0x7F7F7F7F) >> 7) & 0x01010101
+            found = (tl.sum(once.to(tl.uint32), 0) >> (8 * (slot % 4)).to(tl.uint32)) & 0xFF
+            total += tl.where(slot // 4 == group // 4, found.to(tl.int32), 0)
     return total
