@@ -1,7 +1,8 @@
 """The only reader of the process environment.
 
-Each variable is read when it is needed, never at import, and never written. Arguments given in
-code win over variables; `docs/environment.md` lists the same table (a test compares the two).
+Each variable is read when it is needed, never at import, and never written, but for a new process
+that is forked from an older one. Arguments given in code win over variables; `docs/environment.md`
+lists the same table (a test compares the two).
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ __all__ = [
     "first_call_timeout_s",
     "interprets_kernels",
     "marks_launches",
+    "snapshot",
+    "take_over",
     "timeout_s",
     "transport",
 ]
@@ -109,3 +112,14 @@ def transport() -> str | None:
 def interprets_kernels() -> bool:
     """Whether Triton runs kernels in its interpreter."""
     return _read("TRITON_INTERPRET") not in ("", "0")
+
+
+def snapshot() -> dict[str, str]:
+    """The whole environment, for `take_over`."""
+    return dict(os.environ)
+
+
+def take_over(environment: dict[str, str]) -> None:
+    """Give this process, forked from one that started earlier, the environment of its parent."""
+    os.environ.clear()
+    os.environ.update(environment)

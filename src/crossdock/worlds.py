@@ -24,11 +24,16 @@ from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from crossdock import _env
+
+if TYPE_CHECKING:  # one of them is not everywhere
+    from multiprocessing.context import ForkServerContext, SpawnContext
 
 __all__ = ["Pool", "WorldError", "spawn"]
 
@@ -206,17 +211,38 @@ class _World:
 
 
 def _start(rank: int, num_ranks: int, directory: Path) -> tuple[BaseProcess, Connection]:
-    context = multiprocessing.get_context("spawn")
+    context = _context()
     ours, theirs = context.Pipe()
     arguments = {"num_ranks": num_ranks, "directory": directory, "link": theirs}
-    process = context.Process(target=_serve, args=(rank,), kwargs=arguments, daemon=True)
+    given = (rank, _env.snapshot())
+    process = context.Process(target=_serve, args=given, kwargs=arguments, daemon=True)
     process.start()
     theirs.close()
     return process, ours
 
 
-def _serve(rank: int, *, num_ranks: int, directory: Path, link: Connection) -> None:
+def _context() -> SpawnContext | ForkServerContext:
+    """How processes start: forked from one that has imported torch, which takes each seconds.
+
+    Those that use GPUs, or the libraries of macOS, had better not be forked.
+    """
+    if sys.platform != "linux" or torch.cuda.is_available():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
+
+
+def _serve(
+    rank: int,
+    environment: dict[str, str],
+    *,
+    num_ranks: int,
+    directory: Path,
+    link: Connection,
+) -> None:
     """What a rank process does: takes jobs until nobody is there to give any."""
+    _env.take_over(environment)
     with (directory / f"stack-{rank}").open("w") as stack:
         torch.set_num_threads(1)
         signal.signal(signal.SIGINT, signal.SIG_IGN)

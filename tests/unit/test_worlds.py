@@ -33,6 +33,10 @@ def sum_up(group, value):
     return total, group.size(), torch.get_num_threads(), os.getpid()
 
 
+def read_environment(group, name):
+    return os.environ.get(name)
+
+
 def raise_on(group, rank):
     if group.rank() == rank:
         raise LookupError("nothing there")
@@ -168,6 +172,16 @@ def test_arguments_are_copies(pool):
     tensor = torch.zeros(3)
     assert [result.tolist() for result in pool.run(add_one, tensor)] == [[1, 1, 1]] * 4
     assert tensor.tolist() == [0, 0, 0]
+
+
+def test_ranks_have_the_environment_of_when_they_start(monkeypatch):
+    for value in ("first", "second", None):
+        if value is None:
+            monkeypatch.delenv("CROSSDOCK_A_TEST")
+        else:
+            monkeypatch.setenv("CROSSDOCK_A_TEST", value)
+        with Pool(1) as ranks:
+            assert ranks.run(read_environment, "CROSSDOCK_A_TEST") == [value]
 
 
 def test_a_late_rank_is_named_with_where_it_stands(pair):
