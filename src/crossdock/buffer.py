@@ -25,7 +25,7 @@ from crossdock.arguments import (
 )
 from crossdock.codec import AnyTokens, Tokens
 from crossdock.config import Config
-from crossdock.decoding import DecodingCalls
+from crossdock.decoding_views import DecodingViews
 from crossdock.errors import (
     ConfigError,
     HandleError,
@@ -52,7 +52,7 @@ topk_idx_t = torch.int64
 """dtype of `topk_idx`."""
 
 
-class Buffer(DecodingCalls):
+class Buffer(DecodingViews):
     """Dispatches MoE tokens to the ranks that own their experts, and combines what comes back.
 
     Args:

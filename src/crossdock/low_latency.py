@@ -14,75 +14,28 @@ S tokens of all ranks, A compact rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
-
 import torch
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from crossdock import _env, layouts, ops
-from crossdock.codec import empty_scales, encode, place_scales
-from crossdock.errors import ConfigError, HandleError
-from crossdock.formats import RowFormat, TokenFormat
+from crossdock import layouts, ops
+from crossdock.codec import empty_scales
+from crossdock.formats import RowFormat
 from crossdock.handle import LowLatencyHandle
 from crossdock.layouts import ExpertRows
-from crossdock.logfmt import decode_log, encode_log, log_row
+from crossdock.logfmt import encode_log, log_row
+from crossdock.low_latency_flights import Memory, Placed, sum_up, table_of
+from crossdock.low_latency_views import ViewFlights
 from crossdock.routing import Selection, SelectionTable
-from crossdock.topology import Topology, num_local_experts
-from crossdock.transports.base import Landed, Routed, Shipment
-from crossdock.transports.header import Header, Operation
-from crossdock.transports.session import Attempt, Receive, Session
+from crossdock.topology import num_local_experts
+from crossdock.transports.base import Shipment
+from crossdock.transports.header import Operation
+from crossdock.transports.session import Receive
 from crossdock.verbs import CombineKind, DispatchKind, Slabs, Stats
 
 __all__ = ["LowLatency"]
 
 
-@dataclass
-class _Memory:
-    """What this rank remembers of a dispatch beyond its handle.
-
-    Attributes:
-        selection: choices, and weights if there were some, of this rank's tokens.
-        in_rank: [T, R] bool, where they went.
-        eras: how often each rank had been masked then.
-        number: of the dispatch, the same on all ranks.
-        table: every rank's choices with their weights, if dispatch was given weights.
-        received: whether the rows have come.
-        combine_buffer: where the caller writes the experts' outputs; None until asked for.
-    """
-
-    selection: Selection
-    in_rank: torch.Tensor
-    eras: tuple[int, ...]
-    number: int
-    table: SelectionTable | None
-    received: bool = False
-    combine_buffer: torch.Tensor | None = None
-
-
-class _Placed(NamedTuple):
-    """Where rows come from and go: source rank, which of the rows it sent, and slot; each [P]."""
-
-    sources: torch.Tensor
-    arrivals: torch.Tensor
-    slots: torch.Tensor
-
-
-class LowLatency:
-    """The low-latency verbs of one buffer.
-
-    Args:
-        topology: the group.
-        session: numbers the calls and takes them to the transport.
-        partials: dtype of the sums that travel back: bfloat16 or float32.
-    """
-
-    def __init__(self, topology: Topology, session: Session, *, partials: torch.dtype) -> None:
-        self._rank, self._num_ranks = topology.rank, topology.num_ranks
-        self._session = session
-        self._partials = partials
-        self._memories = WeakTensorKeyDictionary()
+class LowLatency(ViewFlights):
+    """The low-latency verbs of one buffer. See `Flights`."""
 
     def dispatch(
         self,
@@ -110,24 +63,12 @@ class LowLatency:
             HandleError: two dispatches are in flight already.
             Others: what `Transport.route` and `Transport.send` raise.
         """
-        form, num_experts, selection = kind.form, kind.num_experts, selection.owned()
-        row = form.row(kind.hidden)
+        selection = selection.owned()
         with self._session.flight(Operation.LOW_LATENCY_DISPATCH) as attempt:
-            planes = encode(x.detach().contiguous(), form)
-            header = self._header(attempt, row, selection)._replace(
-                num_slots=kind.num_slots,
-                num_experts=num_experts,
-                return_bytes=row.hidden * self._partials.itemsize,
-            )
-            payload, scales, handle = self._empty_slabs(form, header, compact=kind.compact, like=x)
-            routed = attempt.route(header, selection.to_bytes())
-            table = _table(routed, selection)
-            in_rank = self._present(selection, routed, num_experts)
-            counts = self._counts(in_rank.sum(0).tolist(), self._coming(table, num_experts))
-            sends = layouts.send_tokens(in_rank)
-            landing = attempt.send(Shipment(planes, sends, counts, num_slots=kind.num_slots))
+            payload, scales, handle = self._empty_slabs(kind, like=x)
+            routed, table, in_rank, landing = self._depart(attempt, x, selection, kind=kind)
         known = None if selection.topk_weights is None else table
-        memory = _Memory(selection, in_rank, routed.eras, attempt.call.sequence, known)
+        memory = Memory(selection, in_rank, routed.eras, attempt.call.sequence, known)
         self._memories[handle.src_info] = memory
 
         def receive() -> None:
@@ -171,7 +112,7 @@ class LowLatency:
         """
         selection = selection.owned()
         with self._session.checking(Operation.LOW_LATENCY_COMBINE):
-            memory = self._recall(handle, selection)
+            memory = self._recall(handle.src_info, selection)
         known = None if memory is None else memory.table
         hidden, use_logfmt = handle.hidden, kind.use_logfmt
         row = log_row(hidden) if use_logfmt else RowFormat(self._partials, hidden)
@@ -186,7 +127,7 @@ class LowLatency:
             )
             routed = attempt.route(header, share)
             if memory is None or known is None:
-                table = _table(routed, selection)
+                table = table_of(routed, selection)
                 in_rank = self._present(selection, routed, handle.num_experts)
             else:
                 gone = routed.masked | routed.lost_since(memory.eras, self._rank)
@@ -200,7 +141,7 @@ class LowLatency:
 
         def receive() -> None:
             landed = landing.land(keep=True)
-            _sum_up(landed, in_rank, out, hidden=hidden if use_logfmt else 0)
+            sum_up(landed, in_rank, out, hidden=hidden if use_logfmt else 0)
             stats.add(landed.waited_after(routed))
 
         return self._session.receive(attempt.call, receive, hooked=hooked)
@@ -220,74 +161,31 @@ class LowLatency:
         Raises:
             HandleError: the handle is not one of this buffer, or nobody asked and `make` is False.
         """
-        memory = self._memories.get(handle.src_info)
-        if memory is None:
-            raise HandleError("the handle is not one that this buffer returned")
-        if memory.combine_buffer is None:
-            if not make:
-                raise HandleError("zero_copy: nobody asked for this handle's combine buffer")
-            rows = self._num_ranks * handle.num_slots
-            shape = (handle.layout_range.shape[0], rows, handle.hidden)
-            device = handle.src_info.device
-            memory.combine_buffer = torch.empty(shape, dtype=torch.bfloat16, device=device)
-        buffer: torch.Tensor = memory.combine_buffer
-        return buffer
-
-    def _header(self, attempt: Attempt, row: RowFormat, selection: Selection) -> Header:
-        num_tokens, num_topk = selection.topk_idx.shape
-        return attempt.header(
-            row,
-            num_tokens=num_tokens,
-            num_topk=num_topk,
-            flags=int(selection.topk_weights is not None),
-            share_bytes=selection.num_bytes,
-            row_bytes=row.row_bytes,
-        )
-
-    def _present(self, selection: Selection, routed: Routed, num_experts: int) -> torch.Tensor:
-        """[T, R] bool: whether a token goes to a rank, and comes back from it."""
-        in_rank = selection.is_token_in_rank(num_experts, self._num_ranks)
-        in_rank[:, sorted(routed.masked)] = False
-        return in_rank
-
-    def _coming(self, table: SelectionTable, num_experts: int) -> list[int]:
-        """The rows that each rank sends here."""
-        chosen = table.local(self._rank, num_experts // self._num_ranks) >= 0
-        sources = table.src_rank[chosen.any(1)]
-        coming: list[int] = torch.bincount(sources, minlength=self._num_ranks).tolist()
-        return coming
-
-    def _counts(self, sent: Sequence[int], coming: Sequence[int]) -> layouts.Counts:
-        """The counts as far as this rank has to know them: what it sends, and what it gets."""
-        counts = [[0] * self._num_ranks for _ in range(self._num_ranks)]
-        if sent[self._rank] != coming[self._rank]:
-            raise HandleError("the handle and the choices of its tokens contradict each other")
-        for src, num in enumerate(coming):
-            counts[src][self._rank] = num
-        counts[self._rank] = list(sent)
-        return counts
+        rows = self._num_ranks * handle.num_slots
+        shape = (handle.layout_range.shape[0], rows, handle.hidden)
+        return self._combine_buffer(handle.src_info, shape, make=make)
 
     def _empty_slabs(
-        self, form: TokenFormat, header: Header, *, compact: bool, like: torch.Tensor
+        self, kind: DispatchKind, *, like: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None, LowLatencyHandle]:
         """Room for payload, scales and handle on the device of `like`."""
-        device = like.device
-        experts_here = header.num_experts // self._num_ranks
-        num_rows = self._num_ranks * header.num_slots
-        compact_rows = num_rows * min(header.num_topk, experts_here)
-        shape = (compact_rows,) if compact else (experts_here, num_rows)
+        device, form = like.device, kind.form
+        experts_here = kind.num_experts // self._num_ranks
+        num_rows = self._num_ranks * kind.num_slots
+        compact_rows = num_rows * min(kind.num_topk, experts_here)
+        shape = (compact_rows,) if kind.compact else (experts_here, num_rows)
         handle = LowLatencyHandle(
             torch.empty(shape, dtype=torch.int32, device=device),
             torch.zeros((experts_here, self._num_ranks), dtype=torch.int64, device=device),
-            header.num_slots,
-            header.hidden,
-            header.num_experts,
+            kind.num_slots,
+            kind.hidden,
+            kind.num_experts,
             torch.zeros(experts_here, dtype=torch.int32, device=device),
         )
-        payload = torch.empty((*shape, header.hidden), dtype=form.element, device=device)
-        return payload, empty_scales(form, header.hidden, shape=shape, device=device), handle
+        payload = torch.empty((*shape, kind.hidden), dtype=form.element, device=device)
+        return payload, empty_scales(form, kind.hidden, shape=shape, device=device), handle
 
-    def _fill(self, handle: LowLatencyHandle, table: SelectionTable) -> _Placed:
+    def _fill(self, handle: LowLatencyHandle, table: SelectionTable) -> Placed:
         """Lay out what has come, and fill the handle."""
         experts_here = handle.layout_range.shape[0]
         local = table.local(self._rank, experts_here)
@@ -297,42 +195,7 @@ class LowLatency:
         handle.layout_range.copy_(rows.layout_range)
         handle.packed_recv_count.copy_(rows.recv_count)
         arrivals = layouts.arrivals(local, table)[table.row_of(rows.sources, rows.tokens)]
-        return _Placed(rows.sources, arrivals, slots)
-
-    def _place(
-        self,
-        landed: Landed,
-        rows: _Placed,
-        payload: torch.Tensor,
-        *,
-        scales: torch.Tensor | None,
-        slab_rows: int,
-    ) -> None:
-        """Copy what has landed to its slots."""
-        flat = payload.view(-1, payload.shape[-1])
-        for src in range(self._num_ranks):
-            mine = (rows.sources == src).nonzero().squeeze(1)
-            whence, where = rows.arrivals[mine], rows.slots[mine]
-            ops.place_rows(landed.planes[0][src], whence, where, out=flat)
-            if scales is not None:
-                place_scales(landed.planes[1][src][whence], where, scales, slab_rows=slab_rows)
-
-    def _recall(self, handle: LowLatencyHandle, selection: Selection) -> _Memory | None:
-        """What is remembered of a dispatch, if its handle is known and fits."""
-        memory: _Memory | None = self._memories.get(handle.src_info)
-        if memory is None:
-            return None
-        if not memory.received:
-            raise HandleError("the rows of this dispatch have not been received: run its hook")
-        before = memory.selection
-        if before.topk_idx.shape != selection.topk_idx.shape:
-            shapes = f"{list(selection.topk_idx.shape)}, dispatch had {list(before.topk_idx.shape)}"
-            raise HandleError(f"topk_idx of combine is {shapes}")
-        if _env.debug() and not torch.equal(before.topk_idx, selection.topk_idx):
-            raise ConfigError("topk_idx of combine is not that of dispatch")
-        if memory.table is not None and not before.has_weights_of(selection):
-            raise ConfigError("topk_weights of combine are not those that dispatch was given")
-        return memory
+        return Placed(rows.sources, arrivals, slots)
 
     def _partial_sums(
         self, x: torch.Tensor, handle: LowLatencyHandle, table: SelectionTable
@@ -350,27 +213,3 @@ class LowLatency:
             dtype=self._partials,
         )
         return sums, plan.num_back
-
-
-def _table(routed: Routed, mine: Selection) -> SelectionTable:
-    """Every rank's choices, copied out of the transport's memory."""
-    device = mine.topk_idx.device
-    selections = [
-        Selection.from_bytes(
-            raw.to(device),
-            num_tokens=header.num_tokens,
-            num_topk=mine.topk_idx.shape[1],
-            has_weights=mine.topk_weights is not None,
-        )
-        for header, raw in zip(routed.headers, routed.shares, strict=True)
-    ]
-    return SelectionTable.of(selections)
-
-
-def _sum_up(landed: Landed, in_rank: torch.Tensor, out: torch.Tensor, *, hidden: int) -> None:
-    """Add up the sums of the ranks, in rank order; `hidden` where they are in logfmt."""
-    in_rank[:, sorted(landed.masked)] = False
-    planes = [torch.cat(pieces) for pieces in landed.planes]
-    rows = decode_log(planes, hidden) if hidden else planes[0]
-    plan = layouts.reduce_plan(layouts.send_head_of(in_rank), in_rank.sum(0).tolist())
-    out.copy_(ops.reduce(rows, plan.row_splits, plan.slots))

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from crossdock.errors import ConfigError, ShapeError
+from crossdock.errors import ConfigError, HandleError, ShapeError
 from crossdock.formats import (
     BF16,
     FP8_BLOCK128,
@@ -100,6 +100,7 @@ class SlabArguments(NamedTuple):
     use_fp8: bool
     round_scale: bool
     use_ue8m0: bool
+    viewed: bool = False
 
 
 class CombineArguments(NamedTuple):
@@ -121,6 +122,18 @@ class CombineArguments(NamedTuple):
     num_experts: int
 
 
+class ViewArguments(NamedTuple):
+    """The arguments of a combine of views, but for what is in its tensors."""
+
+    x: Meta
+    topk_idx: Meta
+    out: Meta
+    waits: Meta
+    src_idx: Meta
+    num_experts: int
+    zero_copy: bool
+
+
 class Kinds:
     """The kinds of calls that a buffer makes: what is to be known of them is found out once.
 
@@ -133,6 +146,7 @@ class Kinds:
         self._options, self._num_ranks = options, num_ranks
         self.dispatch = functools.lru_cache(_REMEMBERED)(self._dispatch)
         self.combine = functools.lru_cache(_REMEMBERED)(self._combine)
+        self.combine_views = functools.lru_cache(_REMEMBERED)(self._combine_views)
 
     def _dispatch(self, arguments: tuple[Any, ...]) -> DispatchKind:
         """The kind of a dispatch.
@@ -156,12 +170,13 @@ class Kinds:
             num_topk=num_topk,
             num_slots=call.num_slots,
             num_experts=call.num_experts,
-            compact=self._options.rows == "compact",
+            compact=self._options.rows == "compact" and not call.viewed,
             x=call.x,
             topk_idx=call.topk_idx,
             topk_weights=call.topk_weights,
             waits=call.waits,
             received=call.received,
+            viewed=call.viewed,
         )
 
     def _combine(self, arguments: tuple[Any, ...]) -> CombineKind:
@@ -192,6 +207,49 @@ class Kinds:
             out=call.out,
             waits=call.waits,
             src_info=call.src_info,
+        )
+
+    def _combine_views(self, arguments: tuple[Any, ...]) -> CombineKind:
+        """The kind of a combine of views.
+
+        Args:
+            arguments: a `ViewArguments`, or a tuple that is quicker made.
+
+        Raises:
+            ShapeError: a tensor has the wrong shape or dtype.
+            HandleError: the views are of a group of another size.
+        """
+        call = ViewArguments(*arguments)
+        check_meta("src_idx", call.src_idx, dtype=torch.int32, shape=(None, None))
+        num_ranks, num_slots = _shape(call.src_idx)
+        if num_ranks != self._num_ranks:
+            raise HandleError(f"the views are of {num_ranks} ranks, this buffer has others")
+        check_meta("x", call.x, dtype=torch.bfloat16, shape=(num_ranks, num_slots, None))
+        hidden = _shape(call.x)[2]
+        check_meta("topk_idx", call.topk_idx, dtype=torch.int64, shape=(None, None))
+        num_tokens, num_topk = _shape(call.topk_idx)
+        if num_tokens > num_slots:
+            raise ShapeError("topk_idx", got=num_tokens, expected=f"{num_slots} tokens at most")
+        if call.out is not None:
+            check_meta("out", call.out, dtype=torch.bfloat16, shape=(num_tokens, hidden))
+        return CombineKind(
+            num_tokens=num_tokens,
+            hidden=hidden,
+            num_topk=num_topk,
+            num_slots=num_slots,
+            num_experts=call.num_experts,
+            num_rows=num_ranks * num_slots,
+            compact=False,
+            x_is_compact=False,
+            use_logfmt=False,
+            x=call.x,
+            topk_idx=call.topk_idx,
+            topk_weights=None,
+            out=call.out,
+            waits=call.waits,
+            src_info=call.src_idx,
+            viewed=True,
+            pulls=call.zero_copy,
         )
 
 

@@ -31,6 +31,7 @@ __all__ = [
     "Dispatched",
     "ExchangeCalls",
     "LowLatencyCalls",
+    "LowLatencyViews",
     "Slabs",
     "Stats",
     "Views",
@@ -74,6 +75,30 @@ class Views(NamedTuple):
     topk_weights: torch.Tensor | None
     num_rows: torch.Tensor
     handle: Handle
+
+
+class LowLatencyViews(NamedTuple):
+    """What a low-latency dispatch brings whose rows stay where they have landed.
+
+    M slots for a rank's tokens, each token in the slot of its index. The tensors are complete once
+    the rows have been received.
+
+    Attributes:
+        tokens: rows [R, M, H] by source rank and token, with scales `(rows, scales)`: [R, M, number
+            of scales], [R, M] where a row has one; any strides. Undefined where no row is.
+        topk_idx: [R, M, K] int64 local expert ids, -1 where the slot is another rank's or no row
+            is.
+        topk_weights: [R, M, K] float32, undefined where `topk_idx` is -1; None if dispatch was
+            given none.
+        src_idx: [R, M] int32, for combine: the token where a row is, elsewhere -1.
+        num_experts: E.
+    """
+
+    tokens: Tokens
+    topk_idx: torch.Tensor
+    topk_weights: torch.Tensor | None
+    src_idx: torch.Tensor
+    num_experts: int
 
 
 class Combined(NamedTuple):
@@ -175,6 +200,7 @@ class DispatchKind:
         num_experts: E.
         compact: lay the experts' rows back to back instead of in slabs.
         x, topk_idx, topk_weights, waits, received: metas of the tensors, the last two of `Stats`.
+        viewed: leave rows where they land.
     """
 
     form: TokenFormat
@@ -189,6 +215,7 @@ class DispatchKind:
     topk_weights: Meta
     waits: Meta
     received: Meta
+    viewed: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -201,6 +228,8 @@ class CombineKind:
         compact, x_is_compact: whether dispatch laid rows back to back, and whether x is laid so.
         use_logfmt: send sums in ten bits a value.
         x, topk_idx, topk_weights, out, waits, src_info: metas of the tensors.
+        viewed: whether x lies as the rows of views do, a row for each token.
+        pulls: whether x lies where other ranks read it.
     """
 
     num_tokens: int
@@ -218,6 +247,8 @@ class CombineKind:
     out: Meta
     waits: Meta
     src_info: Meta
+    viewed: bool = False
+    pulls: bool = False
 
 
 class Slabs(NamedTuple):
@@ -264,6 +295,36 @@ class LowLatencyCalls(Protocol):
         hooked: bool,
     ) -> Receive | None:
         """Weight and sum the experts' rows of every token."""
+        ...
+
+    def dispatch_views(
+        self,
+        x: torch.Tensor,
+        selection: Selection,
+        kind: DispatchKind,
+        *,
+        stats: Stats,
+        hooked: bool,
+    ) -> tuple[LowLatencyViews, Receive | None]:
+        """Send every token, encoded, to the ranks that own its experts, and leave it there."""
+        ...
+
+    def combine_views(
+        self,
+        x: torch.Tensor,
+        selection: Selection,
+        views: LowLatencyViews,
+        *,
+        kind: CombineKind,
+        out: torch.Tensor,
+        stats: Stats,
+        hooked: bool,
+    ) -> Receive | None:
+        """Sum what the ranks have for every token."""
+        ...
+
+    def views_buffer(self, views: LowLatencyViews, hidden: int, *, make: bool) -> torch.Tensor:
+        """Where what goes back may be written for a combine of views without a copy."""
         ...
 
     def combine_buffer(self, handle: LowLatencyHandle, *, make: bool) -> torch.Tensor:

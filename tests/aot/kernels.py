@@ -71,6 +71,14 @@ ARGUMENTS = {
         expert_sums.ReturnCall,
     ),
 }
+ARGUMENTS["leave_experts"] = types_of(
+    expert_records.Tokens,
+    expert_records.LandedViews,
+    LINK,
+    expert_records.Zone,
+    expert_records.Call,
+)
+ARGUMENTS["return_experts"] = ARGUMENTS["combine_experts"]
 """The types of what a launch gives to a kernel, before its constants."""
 
 
@@ -91,6 +99,7 @@ class Shape(NamedTuple):
         counts_waits: of high-throughput calls; low-latency ones always do here.
         checked: whether sums of rows travel with them.
         shrinks: whether low-latency calls go on without ranks that are late.
+        pulls: whether a combine of views reads what the other ranks have written.
     """
 
     kernel: str
@@ -109,6 +118,7 @@ class Shape(NamedTuple):
     counts_waits: bool = False
     checked: bool = False
     shrinks: bool = False
+    pulls: bool = False
 
 
 class Tile(NamedTuple):
@@ -168,7 +178,7 @@ def group_of(shape: Shape, capability: int) -> Group:
 
 
 def make_dispatch_experts(shape: Shape, capability: int) -> tuple[Kernel, Tile]:
-    """Rows are placed as they have come, and sent as they are or encoded."""
+    """Rows are placed as they have come, or stay there; they are sent as they are or encoded."""
     kind = expert_kernels.DispatchShape(
         FORMATS[shape.form],
         shape.hidden,
@@ -180,6 +190,7 @@ def make_dispatch_experts(shape: Shape, capability: int) -> tuple[Kernel, Tile]:
         counts_waits=True,
         counts_rows=True,
         checked=shape.checked,
+        viewed=shape.kernel == "leave_experts",
     )
     use_casts = capability >= 89
     plan = expert_kernels.plan_dispatch(
@@ -188,7 +199,8 @@ def make_dispatch_experts(shape: Shape, capability: int) -> tuple[Kernel, Tile]:
     row = expert_kernels.expert_row(kind, use_casts=use_casts)
     is_wide = row.word == 16
     encoded = 2 * row.hidden if row.rule and is_wide else 0
-    return plan.kernel, Tile(row.num_bytes * is_wide, encoded=encoded)
+    moved = 0 if kind.viewed and encoded else row.num_bytes * is_wide
+    return plan.kernel, Tile(moved, encoded=encoded)
 
 
 def make_combine_experts(shape: Shape, capability: int) -> tuple[Kernel, Tile]:
@@ -203,6 +215,8 @@ def make_combine_experts(shape: Shape, capability: int) -> tuple[Kernel, Tile]:
         compact=shape.compact,
         x_is_compact=shape.compact != shape.is_turned,
         checked=shape.checked,
+        viewed=shape.kernel == "return_experts",
+        pulls=shape.pulls,
     )
     group, element = (
         group_of(shape, capability),
@@ -211,7 +225,8 @@ def make_combine_experts(shape: Shape, capability: int) -> tuple[Kernel, Tile]:
     plan = expert_kernels.plan_combine(kind, group, partials=element)
     partial = expert_kernels.partial_sum(kind, group, is_float=shape.is_float)
     is_wide = partial.aligned and not partial.is_log
-    return plan.kernel, Tile(elements=2 * partial.padded * is_wide)
+    width = expert_kernels.PIECE if shape.pulls else partial.padded
+    return plan.kernel, Tile(elements=2 * width * is_wide)
 
 
 def row_of(shape: Shape) -> rank_records.RankRow:
@@ -279,6 +294,8 @@ MAKERS = {
     "lay_out_tokens": make_lay_out_tokens,
     "dispatch_experts": make_dispatch_experts,
     "combine_experts": make_combine_experts,
+    "leave_experts": make_dispatch_experts,
+    "return_experts": make_combine_experts,
     "route_ranks": make_route_ranks,
     "send_ranks": make_send_ranks,
     "place_ranks": make_place_ranks,

@@ -29,6 +29,9 @@ EVERYWHERE = {
     "combine_experts fp32": {"is_float": True, "brings_weights": True},
     "combine_experts logfmt": {"is_log": True, "brings_weights": True},
     "combine_experts of slabs, given compact rows": {"is_turned": True},
+    "leave_experts fp8": {"form": "fp8", "brings_weights": True},
+    "return_experts": {"brings_weights": True},
+    "return_experts read": {"brings_weights": True, "pulls": True},
     "route_ranks": {},
     "send_ranks bf16": {"brings_weights": True},
     "send_ranks fp8": {"form": "fp8", "brings_weights": True},
@@ -63,6 +66,13 @@ ON_90 = {
     "combine_experts checked": {"checked": True},
     "dispatch_experts shrinking": {"form": "fp8", "shrinks": True},
     "combine_experts shrinking": {"shrinks": True},
+    "leave_experts bf16, of eight": {"num_ranks": 8, "num_local": 32},
+    "leave_experts of odd width": FEW,
+    "return_experts of odd width": {**FEW, "brings_weights": True},
+    "return_experts read, of odd width": {**FEW, "brings_weights": True, "pulls": True},
+    "leave_experts checked": {"form": "fp8", "checked": True},
+    "leave_experts shrinking": {"form": "fp8", "shrinks": True},
+    "return_experts shrinking": {"brings_weights": True, "shrinks": True},
     "send_ranks checked": {"checked": True},
     "place_ranks checked": {"checked": True},
     "combine_ranks checked": {"checked": True},
@@ -74,6 +84,7 @@ SPILLING = (
     "combine_experts of slabs, given compact rows",
     "dispatch_experts bf16, compact",
     "dispatch_experts int8",
+    "leave_experts fp8",
 )
 """Which still keep a few registers on the stack, on one of the architectures or Triton versions."""
 
@@ -100,6 +111,8 @@ TOO_NARROW = r"\b\w+[\w.]*\.(?:cta|gpu|cluster)\.(?:release|acquire|acq_rel)\b\S
 ACQUIRES = {
     "dispatch_experts",
     "combine_experts",
+    "leave_experts",
+    "return_experts",
     "route_ranks",
     "send_ranks",
     "place_ranks",
@@ -108,7 +121,7 @@ ACQUIRES = {
 RELEASES = ACQUIRES - {"place_ranks"}
 """What raises flags or tells how far it is; placing does neither."""
 
-OVERLAPS = {"dispatch_experts", "combine_experts"}
+OVERLAPS = {"dispatch_experts", "combine_experts", "leave_experts", "return_experts"}
 FOLLOWS = r"\bgriddepcontrol\.wait;"
 """What a kernel waits by for the one before it, and has to before it touches any memory."""
 TOUCHES = r"\b(ld|st|atom|red)(\.volatile)?\.global\b"

@@ -242,6 +242,38 @@ class CudaBuffer(Buffer):
         written.settle()
         return combined, event, written.after(hook)
 
+    def low_latency_dispatch_views(self, *args: Any, **rest: Any) -> Any:
+        self.before_call()
+        given, written = given_by_name(Buffer.low_latency_dispatch_views, args, rest), Written()
+        theirs = written.take(given, "dispatch_wait_recv_cost_stats")
+        views, event, hook = super().low_latency_dispatch_views(**on_gpu(given), **theirs)
+        event.current_stream_wait()
+        mine = written.bring(views)
+        self._handles[mine.src_idx] = views
+        written.settle()
+        return mine, event, written.after(hook)
+
+    def low_latency_combine_views(self, *args: Any, **rest: Any) -> Any:
+        self.before_call()
+        given, written = given_by_name(Buffer.low_latency_combine_views, args, rest), Written()
+        out, views = given.get("out"), self._known_views(given.pop("views"))
+        theirs = written.take(given, "out", "combine_wait_recv_cost_stats")
+        made, event, hook = super().low_latency_combine_views(
+            **on_gpu(given), views=views, **theirs
+        )
+        event.current_stream_wait()
+        combined = written.bring(made) if out is None else out
+        written.settle()
+        return combined, event, written.after(hook)
+
+    def get_next_low_latency_views_buffer(self, views: Any, hidden: int) -> torch.Tensor:
+        return super().get_next_low_latency_views_buffer(self._known_views(views), hidden)
+
+    def _known_views(self, views: Any) -> Any:
+        """The views on the GPU; of another buffer, what is moved there."""
+        original = self._handles.get(views.src_idx)
+        return on_gpu(views) if original is None else original
+
     def get_next_low_latency_combine_buffer(self, handle: Any) -> torch.Tensor:
         return super().get_next_low_latency_combine_buffer(self._known(handle))
 

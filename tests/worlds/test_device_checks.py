@@ -104,6 +104,7 @@ WAYS = {
     "int8": (INT8_ROW, {"low_latency_format": "int8"}, {}, {}),
     "fp32 sums": (FP8_BLOCK128, {"low_latency_rows": "compact", "partials": "fp32"}, {}, {}),
     "logfmt": (BF16, {}, {"use_fp8": False}, {"use_logfmt": True}),
+    "views": (INT8_ROW, {"low_latency_format": "int8"}, {}, {}),
 }
 """How rows travel, and what a buffer, its dispatches and its combines are given for that."""
 
@@ -138,11 +139,22 @@ def there_and_back_again(buffer, way, x):
     """To an expert of each of two ranks, which return what they get."""
     form, _, of_dispatch, of_combine = WAYS[way]
     topk_idx = torch.arange(NUM_TOKENS)[:, None] % 2 + torch.tensor([0, 2])
+    if way == "views":
+        return through_views(buffer, x, topk_idx)
     got, _, handle, *_ = buffer.low_latency_dispatch(x, topk_idx, 8, NUM_EXPERTS, **of_dispatch)
     payload, *scales = got if isinstance(got, tuple) else (got,)
     scales = [each if each.dim() == payload.dim() else each[..., None] for each in scales]
     rows, weights = decode([payload, *scales], form).bfloat16(), torch.ones(topk_idx.shape)
     back, *_ = buffer.low_latency_combine(rows, topk_idx, weights, handle, **of_combine)
+    buffer.check()
+    return back
+
+
+def through_views(buffer, x, topk_idx):
+    views, *_ = buffer.low_latency_dispatch_views(x, topk_idx, 8, num_experts=NUM_EXPERTS)
+    payload, scales = views.tokens
+    rows = decode([payload, scales[..., None]], INT8_ROW).bfloat16()
+    back, *_ = buffer.low_latency_combine_views(rows, topk_idx, views)
     buffer.check()
     return back
 
@@ -159,13 +171,14 @@ def narrower(name):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_sums_of_sound_low_latency_rows_are_right(interpreted_pool, way):
-    hidden = {"int8": 37, "bf16": 33}.get(way, 512)
+    hidden = {"int8": 37, "bf16": 33, "views": 37}.get(way, 512)
     found = interpreted_pool.run(with_low_latency, way, hidden, None, "", num_ranks=2)
     assert all(isinstance(each, float) and each < 0.1 for each in found), found
 
 
+@pytest.mark.parametrize("way", ["int8", "views"])
 @pytest.mark.parametrize("how", CARELESS)
-def test_damaged_low_latency_rows_are_reported(interpreted_pool, how):
-    told = interpreted_pool.run(with_low_latency, "int8", 64, 1, how, num_ranks=2)
+def test_damaged_low_latency_rows_are_reported(interpreted_pool, how, way):
+    told = interpreted_pool.run(with_low_latency, way, 64, 1, how, num_ranks=2)
     assert told[0].startswith(f"low latency {how}")
     assert "rows of ranks [1] have come damaged" in told[0]

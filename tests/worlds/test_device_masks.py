@@ -36,8 +36,9 @@ def run(pool: InterpretedPool, num_ranks: int, *job: Any, how: Any = patiently) 
     return pool.run(how, *job, num_ranks=num_ranks, timeout_s=150.0)
 
 
-def test_a_masked_rank_contributes_nothing_and_comes_back(interpreted_pool):
-    assert run(interpreted_pool, 4, masks.mask_and_unmask) == [[]] * 4
+@pytest.mark.parametrize("job", [masks.mask_and_unmask, masks.mask_and_unmask_views])
+def test_a_masked_rank_contributes_nothing_and_comes_back(interpreted_pool, job):
+    assert run(interpreted_pool, 4, job) == [[]] * 4
 
 
 def test_a_mask_of_one_rank_is_taken_over_by_all(interpreted_pool):

@@ -88,33 +88,72 @@ def go(buffer: Buffer, number: int, *, live: set[int], hook: bool = False) -> st
     return "; ".join(f"round {number}: {fault}" for fault in faults)
 
 
+def go_through_views(buffer: Buffer, number: int, *, live: set[int], hook: bool = False) -> str:
+    """The same with rows that stay where they land, and go back doubled; or are read there."""
+    given, rank = make_round(number), buffer.rank
+    x, idx, here = given.xs[rank], given.topk_idxs[rank], EXPERTS // NUM_RANKS
+    views, _, receive = buffer.low_latency_dispatch_views(
+        x, idx, SLOTS, num_experts=EXPERTS, use_fp8=False, return_recv_hook=hook
+    )
+    if receive:
+        receive()
+    faults, is_here = [], views.src_idx >= 0
+    for src, (rows, chosen) in enumerate(zip(given.xs, given.topk_idxs, strict=True)):
+        wanted = (chosen // here == rank).any(1) & (src in live) & (rank in live)
+        found = is_here[src, : len(wanted)]
+        if not torch.equal(found, wanted) or is_here[src].sum() != wanted.sum():
+            faults.append(f"rows of rank {src}")
+        elif not torch.equal(views.tokens[src, : len(wanted)][wanted], rows[wanted]):
+            faults.append(f"what is in rows of rank {src}")
+    answers = torch.full_like(views.tokens, torch.nan)
+    answers[is_here] = 2 * views.tokens[is_here]
+    if not hook:
+        answers = buffer.get_next_low_latency_views_buffer(views, HIDDEN).copy_(answers)
+    combined, _, receive = buffer.low_latency_combine_views(
+        answers, idx, views, zero_copy=not hook, return_recv_hook=hook
+    )
+    if receive:
+        receive()
+    times = torch.stack([(idx // here == dst).any(1) for dst in sorted(live)]).sum(0)
+    times *= int(rank in live)
+    if not torch.equal(combined, (2 * x.float() * times[:, None]).bfloat16()):
+        faults.append("sums")
+    return "; ".join(f"round {number}: {fault}" for fault in faults)
+
+
 def masked(buffer: Buffer) -> list[int]:
     status = torch.full((buffer.group_size,), 7, dtype=torch.int32)
     buffer.low_latency_query_mask_buffer(status)
     return status.tolist()
 
 
-def mask_and_unmask(group: Any) -> list[str]:
+def mask_and_unmask(group: Any, *, views: bool = False) -> list[str]:
     """All ranks mask one, go on, and bring it back; it makes the same calls meanwhile."""
     faults, everyone = [], set(range(NUM_RANKS))
+    call = go_through_views if views else go
     with open_buffer(group) as buffer:
-        faults.append(go(buffer, 0, live=everyone))
+        faults.append(call(buffer, 0, live=everyone))
         for number in range(1, 4):
             buffer.low_latency_update_mask_buffer(VICTIM, True)
-            faults.append(go(buffer, 3 * number, live=everyone - {VICTIM}, hook=True))
-            faults.append(go(buffer, 3 * number + 1, live=everyone - {VICTIM}))
+            faults.append(call(buffer, 3 * number, live=everyone - {VICTIM}, hook=True))
+            faults.append(call(buffer, 3 * number + 1, live=everyone - {VICTIM}))
             if masked(buffer) != [int(rank == VICTIM) for rank in range(NUM_RANKS)]:
                 faults.append(f"masks {masked(buffer)}")
             dist.barrier(group)
             buffer.low_latency_clean_mask_buffer()
-            faults.append(go(buffer, 3 * number + 2, live=everyone))
+            faults.append(call(buffer, 3 * number + 2, live=everyone))
         if any(masked(buffer)):
             faults.append(f"masks {masked(buffer)} in the end")
     return [fault for fault in faults if fault]
 
 
-def test_a_masked_rank_contributes_nothing_and_comes_back(pool: worlds.Pool) -> None:
-    assert pool.run(mask_and_unmask, num_ranks=NUM_RANKS) == [[]] * NUM_RANKS
+def mask_and_unmask_views(group: Any) -> list[str]:
+    return mask_and_unmask(group, views=True)
+
+
+@pytest.mark.parametrize("job", [mask_and_unmask, mask_and_unmask_views])
+def test_a_masked_rank_contributes_nothing_and_comes_back(pool: worlds.Pool, job: Any) -> None:
+    assert pool.run(job, num_ranks=NUM_RANKS) == [[]] * NUM_RANKS
 
 
 def mask_on_one_rank(group: Any) -> tuple[list[str], list[int]]:

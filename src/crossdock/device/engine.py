@@ -163,6 +163,11 @@ class Engine:
         return generation
 
     @property
+    def generation(self) -> Generation | None:
+        """The heap that there is now."""
+        return self._memory.current
+
+    @property
     def capacity(self) -> DeviceCapacity:
         """What the heap has room for now."""
         current = self._memory.current

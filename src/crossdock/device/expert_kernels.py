@@ -14,11 +14,13 @@ from crossdock.device.memory import DeviceCapacity
 from crossdock.device.slabs import SlabLayout, slab_layout
 from crossdock.formats import ELEMENT_CODES, RowFormat, ScaleRule, TokenFormat
 from crossdock.logfmt import log_row
-from crossdock.ops.triton import expert_records, expert_rows, expert_sums
+from crossdock.ops.triton import expert_records, expert_rows, expert_sums, expert_views
 from crossdock.ops.triton.links import Group
 from crossdock.topology import num_local_experts
 
 __all__ = [
+    "NOTED",
+    "PIECE",
     "CombinePlan",
     "CombineShape",
     "DispatchPlan",
@@ -28,6 +30,12 @@ __all__ = [
     "plan_combine",
     "plan_dispatch",
 ]
+
+NOTED = 16
+"""Slots of views that a program notes at once."""
+
+PIECE = 2048
+"""Columns that a program reads at once of a row of every rank."""
 
 _DISPATCH_WARPS = 4
 _COMBINE_WARPS = 4
@@ -52,6 +60,7 @@ class DispatchShape(NamedTuple):
     counts_waits: bool
     counts_rows: bool
     checked: bool = False
+    viewed: bool = False
 
 
 class DispatchPlan(NamedTuple):
@@ -59,6 +68,7 @@ class DispatchPlan(NamedTuple):
 
     Attributes:
         kernel: compiled for them.
+        row: how rows are made.
         layout: of what they bring.
         capacity: what they and their combines need of the heap.
         numbers: the end of `expert_records.Slabs`: what lies where, and strides of scales.
@@ -66,6 +76,7 @@ class DispatchPlan(NamedTuple):
     """
 
     kernel: Kernel
+    row: expert_records.ExpertRow
     layout: SlabLayout
     capacity: DeviceCapacity
     numbers: tuple[int, ...]
@@ -101,6 +112,7 @@ def plan_dispatch(
     )
     return DispatchPlan(
         _dispatch_kernel(row, experts, group),
+        row,
         layout,
         capacity,
         (*layout.extras[:3], *layout.kernel_strides),
@@ -112,13 +124,10 @@ def plan_dispatch(
 def _dispatch_kernel(
     row: expert_records.ExpertRow, experts: expert_records.Experts, group: Group
 ) -> Kernel:
+    function = expert_views.leave_experts if experts.viewed else expert_rows.dispatch_experts
+    more = (NOTED,) if experts.viewed else ()
     return Kernel(
-        expert_rows.dispatch_experts,
-        row,
-        experts,
-        group,
-        num_warps=_DISPATCH_WARPS,
-        overlaps=group.overlaps,
+        function, row, experts, *more, group, num_warps=_DISPATCH_WARPS, overlaps=group.overlaps
     )
 
 
@@ -135,6 +144,8 @@ class CombineShape(NamedTuple):
     compact: bool
     x_is_compact: bool
     checked: bool = False
+    viewed: bool = False
+    pulls: bool = False
 
 
 class CombinePlan(NamedTuple):
@@ -169,7 +180,9 @@ def plan_combine(shape: CombineShape, group: Group, *, partials: torch.dtype) ->
         experts=partial.local,
     )
     return CombinePlan(
-        _combine_kernel(partial, group),
+        _return_kernel(partial, group, pulls=shape.pulls)
+        if shape.viewed
+        else _combine_kernel(partial, group),
         capacity,
         partial.tellers,
         group.size * shape.counts_waits,
@@ -238,6 +251,21 @@ def _experts_of(shape: DispatchShape, group: Group) -> expert_records.Experts:
         compact=shape.compact,
         counts_waits=shape.counts_waits,
         counts_rows=shape.counts_rows,
+        viewed=shape.viewed,
+    )
+
+
+@functools.cache
+def _return_kernel(partial: expert_sums.Partial, group: Group, *, pulls: bool) -> Kernel:
+    return Kernel(
+        expert_views.return_experts,
+        partial,
+        pulls,
+        # Whose rows count is decided once for a row where ranks may be lost meanwhile.
+        partial.padded if group.can_shrink else min(partial.padded, PIECE),
+        group,
+        num_warps=_COMBINE_WARPS,
+        overlaps=group.overlaps,
     )
 
 

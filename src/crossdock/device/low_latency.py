@@ -10,11 +10,9 @@ T tokens here, K top-k, H hidden, R ranks, L local experts, M slots for the toke
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from crossdock.device.constants import aligned
 from crossdock.device.engine import Engine
@@ -23,27 +21,30 @@ from crossdock.device.expert_kernels import (
     CombineShape,
     DispatchPlan,
     DispatchShape,
-    plan_combine,
-    plan_dispatch,
+)
+from crossdock.device.low_latency_views import REMEMBERED, DeviceViews
+from crossdock.device.operands import (
+    address_of,
+    check_operands,
+    then_copy,
+    tokens_at,
+    unreachable,
+    writable,
 )
 from crossdock.device.slabs import Extras
 from crossdock.device.watch import State
-from crossdock.errors import HandleError, UnsupportedError
+from crossdock.errors import HandleError
 from crossdock.handle import LowLatencyHandle
 from crossdock.ops.triton import expert_records, expert_sums
 from crossdock.routing import Selection
-from crossdock.shapes import Meta
 from crossdock.transports.header import Operation
 from crossdock.transports.session import Receive
 from crossdock.verbs import CombineKind, DispatchKind, Slabs, Stats
 
 __all__ = ["DeviceLowLatency"]
 
-_REMEMBERED = 1024
-"""Kinds of calls that are remembered."""
 
-
-class DeviceLowLatency:
+class DeviceLowLatency(DeviceViews):
     """The low-latency verbs of one buffer. See `crossdock.low_latency.LowLatency`.
 
     Args:
@@ -52,23 +53,9 @@ class DeviceLowLatency:
     """
 
     def __init__(self, engine: Engine, *, partials: torch.dtype) -> None:
-        self._engine = engine
-        self._partials = partials
-        self._buffers = WeakTensorKeyDictionary()
-        self._dispatch_plan = functools.cache(self._plan_dispatch)
-        self._combine_plan = functools.cache(self._plan_combine)
-        self._dispatches = functools.lru_cache(_REMEMBERED)(self._prepare_dispatch)
-        self._combines = functools.lru_cache(_REMEMBERED)(self._prepare_combine)
-
-    def _plan_dispatch(self, shape: DispatchShape) -> DispatchPlan:
-        engine = self._engine
-        back_bytes = shape.hidden * self._partials.itemsize
-        return plan_dispatch(
-            shape, engine.slack_group, back_bytes=back_bytes, use_casts=engine.use_casts
-        )
-
-    def _plan_combine(self, shape: CombineShape) -> CombinePlan:
-        return plan_combine(shape, self._engine.slack_group, partials=self._partials)
+        super().__init__(engine, partials=partials)
+        self._dispatches = functools.lru_cache(REMEMBERED)(self._prepare_dispatch)
+        self._combines = functools.lru_cache(REMEMBERED)(self._prepare_combine)
 
     def _prepare_dispatch(self, kind: DispatchKind) -> _Dispatch:
         engine = self._engine
@@ -92,7 +79,7 @@ class DeviceLowLatency:
             plan,
             call,
             (2 + call.num_senders, 1 + plan.num_timers + call.num_placers),
-            _unreachable(kind.x, others, engine),
+            unreachable(kind.x, others, engine),
         )
 
     def dispatch(
@@ -110,14 +97,14 @@ class DeviceLowLatency:
             made = self._dispatches(kind)
             plan = made.plan
             engine.begin(attempt)
-            _check(made.trouble, stats)
+            check_operands(made.trouble, stats)
             memory = engine.memory(plan.capacity)
             payload, scales, handle = slabs = plan.layout.allocate(x.device)
             zone = memory.next_zone(0)
             receive = plan.kernel.launch_halves(
                 made.num_programs,
                 (
-                    _tokens(x, idx, weights),
+                    tokens_at(x, idx, weights),
                     _slabs(slabs, plan, stats),
                     engine.link(memory, attempt.call, State.LOW_LATENCY_DISPATCH + zone),
                     memory.plan.zones[zone],
@@ -158,7 +145,7 @@ class DeviceLowLatency:
             plan,
             call,
             (1 + plan.num_tellers + call.num_senders, plan.num_timers + call.num_reducers),
-            _unreachable(kind.x, others, engine),
+            unreachable(kind.x, others, engine),
             extras[:3],
         )
 
@@ -179,15 +166,18 @@ class DeviceLowLatency:
         made = self._combines((kind, words.untyped_storage().nbytes() // 4))
         with engine.session.flight(Operation.LOW_LATENCY_COMBINE) as attempt:
             engine.begin(attempt)
-            _check(made.trouble, stats)
-            target = _writable(out)
+            check_operands(made.trouble, stats)
+            target = writable(out)
             memory = engine.memory(made.plan.capacity)
             zone = memory.next_zone(1)
             receive = made.plan.kernel.launch_halves(
                 made.num_programs,
                 (
                     expert_sums.Chosen(
-                        idx.data_ptr(), _address(weights), target.data_ptr(), _address(stats.waits)
+                        idx.data_ptr(),
+                        address_of(weights),
+                        target.data_ptr(),
+                        address_of(stats.waits),
                     ),
                     expert_sums.Returned(
                         x.data_ptr(), layout_range.data_ptr(), words.data_ptr(), *made.extras
@@ -199,7 +189,7 @@ class DeviceLowLatency:
                 hooked=hooked,
             )
             if target is not out:
-                receive = _then_copy(receive, target, out)
+                receive = then_copy(receive, target, out)
             if hooked:
                 kept = (idx, weights, target, out, x, words, layout_range, stats.waits)
                 receive = memory.hold_zone(1, zone, engine.resume(receive, kept))
@@ -248,33 +238,6 @@ class _Combine(NamedTuple):
     extras: tuple[int, ...]
 
 
-def _unreachable(x: Meta, others: Sequence[Meta], engine: Engine) -> str:
-    """Why kernels here cannot reach some tensors, or write to them; empty if they can."""
-    where = None if x is None else x[2]
-    if where is None or where.type not in engine.device_types:
-        return f"the device transport moves {engine.device_types} tensors, x is on {where}"
-    for other in others:
-        if other is not None and other[2] != where:
-            return f"x is on {where}, another argument on {other[2]}"
-    return ""
-
-
-def _check(trouble: str, stats: Stats) -> None:
-    """Raise `UnsupportedError` for tensors that kernels cannot take."""
-    if trouble:
-        raise UnsupportedError(trouble)
-    for counted in stats:
-        if counted is not None and not counted.is_contiguous():
-            raise UnsupportedError("the device transport counts in contiguous tensors alone")
-
-
-def _tokens(
-    x: torch.Tensor, idx: torch.Tensor, weights: torch.Tensor | None
-) -> expert_records.Tokens:
-    address = x.data_ptr()
-    return expert_records.Tokens(address, address, idx.data_ptr(), _address(weights))
-
-
 def _slabs(
     made: tuple[torch.Tensor, torch.Tensor | None, LowLatencyHandle],
     plan: DispatchPlan,
@@ -284,35 +247,14 @@ def _slabs(
     payload, scales, handle = made
     return expert_records.Slabs(
         payload.data_ptr(),
-        _address(scales),
+        address_of(scales),
         handle[0].data_ptr(),
         handle[1].data_ptr(),
         handle[5].data_ptr(),
-        _address(stats[0]),
-        _address(stats[1]),
+        address_of(stats[0]),
+        address_of(stats[1]),
         *plan.numbers,
     )
-
-
-def _writable(out: torch.Tensor) -> torch.Tensor:
-    """The tensor, or one in its place where kernels cannot write to it."""
-    fits = out.is_contiguous() and out.data_ptr() % 16 == 0
-    return out if fits else torch.empty(out.shape, dtype=out.dtype, device=out.device)
-
-
-def _then_copy(
-    receive: Callable[[], None], source: torch.Tensor, out: torch.Tensor
-) -> Callable[[], None]:
-    def run() -> None:
-        receive()
-        out.copy_(source)
-
-    return run
-
-
-def _address(tensor: torch.Tensor | None) -> int:
-    """Where a tensor lies; where there is none, an address that will not be looked at."""
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _dispatch_call(num_tokens: int, num_slots: int, engine: Engine) -> expert_records.Call:

@@ -203,6 +203,7 @@ class Generation:
         states: [NUM_STATES] int64, rounds and tickets.
         own: the heap of this rank, uint8.
         turns: low-latency dispatches and combines so far, whose zones take turns.
+        read_at: of both zones of combines, after how many dispatches other ranks last read there.
         masked: [R] int64, not 0 where this rank goes on without a rank; part of its heap.
         addresses: of peers and states.
     """
@@ -221,9 +222,11 @@ class Generation:
         self.heap = heap
         self.plan = Plan.of(capacity, len(heap.addresses))
         self.peers = torch.tensor(heap.addresses, dtype=torch.int64, device=device)
-        self.states = torch.zeros(NUM_STATES, dtype=torch.int64, device=device)
-        self.addresses = (self.peers.data_ptr(), self.states.data_ptr())
+        states = torch.zeros(NUM_STATES + 2, dtype=torch.int64, device=device)
+        self.states = states[:NUM_STATES]
+        self.addresses = (self.peers.data_ptr(), states.data_ptr())
         self.turns = [0, 0]
+        self.read_at = [-1, -1]
         self._held: set[tuple[int, int]] = set()
         self.own = own = heap.peer(rank)
         words = own[self.plan.watch : self.plan.credits].view(torch.int64)
@@ -267,6 +270,10 @@ class Generation:
             self._held.discard((kind, zone))
 
         return run
+
+    def is_held(self, kind: int, zone: int) -> bool:
+        """Whether the call that took a zone last has not been received."""
+        return (kind, zone) in self._held
 
     @property
     def has_flights(self) -> bool:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from crossdock.ops.triton.links import Address
 
-__all__ = ["Call", "ExpertRow", "Experts", "Slabs", "Tokens", "Zone"]
+__all__ = ["Call", "ExpertRow", "Experts", "LandedViews", "Slabs", "Tokens", "Zone"]
 
 
 class ExpertRow(NamedTuple):
@@ -64,6 +64,7 @@ class Experts(NamedTuple):
         has_weights: whether weights travel with the rows.
         compact: whether the experts' rows lie back to back.
         counts_waits, counts_rows: whether there are statistics to add to.
+        viewed: whether rows stay where they land.
     """
 
     num_topk: int
@@ -76,6 +77,7 @@ class Experts(NamedTuple):
     compact: bool
     counts_waits: bool
     counts_rows: bool
+    viewed: bool
 
 
 class Tokens(NamedTuple):
@@ -129,6 +131,21 @@ class Slabs(NamedTuple):
     scale_expert: Address
     scale_row: int
     scale_column: int
+
+
+class LandedViews(NamedTuple):
+    """What dispatch brings where rows stay: addresses. See `LowLatencyViews`.
+
+    Attributes:
+        src_idx: [R, M] int32; behind it [R] int32, tokens of each rank, -1 of those that are lost.
+        topk_idx, topk_weights: [R, M, K].
+        waits: statistics.
+    """
+
+    src_idx: Address
+    topk_idx: Address
+    topk_weights: Address
+    waits: Address
 
 
 class Call(NamedTuple):

@@ -44,7 +44,7 @@ from crossdock.ops.triton.sync import (
     wait_tagged,
 )
 
-__all__ = ["dispatch_experts"]
+__all__ = ["agree", "counted", "dispatch_experts", "tell_tokens", "time_rows"]
 
 COUNTS = tl.constexpr(1)
 ROWS = tl.constexpr(2)
@@ -72,7 +72,7 @@ def dispatch_experts(
     if ticket == 0:
         if takes_part:
             enter(link, number, G)
-            post_rounds(link, number, 4, G)
+            post_rounds(link, number, True, False, G)
     elif ticket == 1:
         if wait_for_credit(own, link.kind, number, link, CREDIT, G) & takes_part:
             _tell(tokens.topk_idx, link, zone, call, number, E, G)
@@ -83,7 +83,7 @@ def dispatch_experts(
     elif ticket == call.num_senders + 2:
         _lay_out(own, slabs, link, zone, call, number, E, G)
     elif ticket < call.num_senders + 3 + TIMERS:
-        _time(own, slabs, ticket - call.num_senders - 3, link, zone, call, number, E, G)
+        time_rows(own, slabs, ticket - call.num_senders - 3, link, zone, call, number, E, G)
     else:
         peer = tl.arange(0, G.padded)
         there = (1 << G.size) - 1
@@ -91,7 +91,7 @@ def dispatch_experts(
             there = wait_here(words_at(own + zone.told, 8) + 2 * G.size, number, link, G)
         words = words_at(own + zone.told, 8) + 2 * peer
         wanted = (peer < G.size) & (((there >> peer) & 1) != 0)
-        num_sent = _counted(words, wanted, peer, number, link, G)
+        num_sent = counted(words, wanted, peer, number, link, G)
         num_items = G.size * tl.minimum(tl.max(num_sent), call.num_slots)
         first = ticket - call.num_senders - 3 - TIMERS
         for item in range(first, num_items, call.num_placers):
@@ -102,11 +102,8 @@ def dispatch_experts(
 
 
 @triton.jit
-def _tell(topk_idx, link, zone, call, number, E: tl.constexpr, G: tl.constexpr):
-    """Tell every rank how many tokens there are here, and how many rows for each of its experts.
-
-    And the masks of this rank, which all take over.
-    """
+def tell_tokens(link, zone, call, number, G: tl.constexpr):
+    """Tell every rank how many tokens there are here, and this one's masks, which all take over."""
     peer = tl.arange(0, G.padded)
     base = heaps_of(link, peer, peer < G.size)
     words = words_at(base + zone.told, 8) + 2 * link.rank
@@ -114,6 +111,12 @@ def _tell(topk_idx, link, zone, call, number, E: tl.constexpr, G: tl.constexpr):
     if G.can_shrink:
         bits = tl.sum(tl.where(is_masked(link, peer, peer < G.size), 1 << peer, 0))
         tl.store(words + 1, tagged(peer * 0 + bits, number), mask=peer < G.size)
+
+
+@triton.jit
+def _tell(topk_idx, link, zone, call, number, E: tl.constexpr, G: tl.constexpr):
+    """Tell every rank this, and how many rows there are for each of its experts."""
+    tell_tokens(link, zone, call, number, G)
     expert = tl.arange(0, E.bins)
     real = expert < G.size * E.local
     base = heaps_of(link, expert // E.local, real)
@@ -122,7 +125,7 @@ def _tell(topk_idx, link, zone, call, number, E: tl.constexpr, G: tl.constexpr):
 
 
 @triton.jit
-def _counted(words, wanted, ranks, number, link, G: tl.constexpr):
+def counted(words, wanted, ranks, number, link, G: tl.constexpr):
     """Counts of ranks; where some may be lost, of those that are known to have come."""
     if G.can_shrink:
         counts = read_tagged(words, wanted)
@@ -139,9 +142,9 @@ def _lay_out(own, slabs, link, zone, call, number, E: tl.constexpr, G: tl.conste
     real = (src[:, None] < G.size) & (expert[None, :] < E.local)
     ranks = src[:, None] + expert[None, :] * 0
     if G.can_shrink:
-        there = _agree(own, link, zone, call, number, E, G)
+        there = agree(own, link, zone, call, number, E, G)
         real = real & there[:, None]
-    counts = _counted(words, real, ranks, number, link, G)
+    counts = counted(words, real, ranks, number, link, G)
     real = (src[:, None] < G.size) & (expert[None, :] < E.local)
     begin = tl.cumsum(counts, 0) - counts
     words = words_at(slabs.layout_range, 8) + expert[None, :] * G.size + src[:, None]
@@ -153,14 +156,14 @@ def _lay_out(own, slabs, link, zone, call, number, E: tl.constexpr, G: tl.conste
         before = tl.load(received, mask=expert < E.local, other=0)
         tl.store(received, before + total, mask=expert < E.local)
     words = words_at(own + zone.told, 8) + 2 * src
-    num_sent = _counted(words, src < G.size, src, number, link, G)
+    num_sent = counted(words, src < G.size, src, number, link, G)
     if G.can_shrink:
         num_sent = tl.where(there, num_sent, -1)
     tl.store(words_at(slabs.src_info, 4) + slabs.num_sent + src, num_sent, mask=src < G.size)
 
 
 @triton.jit
-def _agree(own, link, zone, call, number, E: tl.constexpr, G: tl.constexpr):
+def agree(own, link, zone, call, number, E: tl.constexpr, G: tl.constexpr):
     """Take over the masks of all ranks, wait for the rows of the others, and say whose count.
 
     Rows are placed after that alone: who is lost while they arrive must leave no gaps.
@@ -172,10 +175,11 @@ def _agree(own, link, zone, call, number, E: tl.constexpr, G: tl.constexpr):
     masked = tl.max((bits[:, None] >> peer[None, :]) & 1, 0) != 0
     mask_ranks(masked & (peer < G.size), link, G)
     tl.debug_barrier()
-    expert = tl.arange(0, E.padded_local)
-    counts = words_at(own + zone.counts, 8) + peer[:, None] * E.local + expert[None, :]
-    real = (peer[:, None] < G.size) & (expert[None, :] < E.local)
-    wait_tagged(counts, real, peer[:, None] + expert[None, :] * 0, number, link, COUNTS, G)
+    if not E.viewed:
+        expert = tl.arange(0, E.padded_local)
+        counts = words_at(own + zone.counts, 8) + peer[:, None] * E.local + expert[None, :]
+        real = (peer[:, None] < G.size) & (expert[None, :] < E.local)
+        wait_tagged(counts, real, peer[:, None] + expert[None, :] * 0, number, link, COUNTS, G)
     SIZE: tl.constexpr = G.size
     for src in tl.static_range(SIZE):
         num = tl.minimum(tl.sum(tl.where(peer == src, num_sent, 0)), call.num_slots)
@@ -190,7 +194,7 @@ def _agree(own, link, zone, call, number, E: tl.constexpr, G: tl.constexpr):
 
 
 @triton.jit
-def _time(own, slabs, src, link, zone, call, number, E: tl.constexpr, G: tl.constexpr):
+def time_rows(own, slabs, src, link, zone, call, number, E: tl.constexpr, G: tl.constexpr):
     """Measure how long the rows of a rank are waited for."""
     told = words_at(own + zone.told, 8) + 2 * src + tl.arange(0, 1)
     first = tl.arange(0, 1) == 0
@@ -269,7 +273,7 @@ def _begin_of(
     if E.compact:
         expert = tl.arange(0, E.padded_local)[None, :]
         wanted, ranks = counts & (expert < E.local), rank + expert * 0
-        found = _counted(words + expert, wanted, ranks, number, link, G)
+        found = counted(words + expert, wanted, ranks, number, link, G)
         total, lower = tl.sum(found, 0), tl.sum(tl.where(rank < src, found, 0), 0)
         same = tl.where(expert == local[:, None], lower[None, :], 0)
         return tl.sum(tl.where(expert < local[:, None], total[None, :], same), 1)

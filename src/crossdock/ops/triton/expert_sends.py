@@ -54,7 +54,8 @@ def send_row(
     heaps = heaps_of(link, peer, peer < G.size)
     owner = tl.where(ids >= 0, ids // E.local, -1)
     is_sent = tl.max((owner[None, :] == peer[:, None]).to(tl.int32), 1)
-    choices = tagged(count_earlier(tokens.topk_idx, token, E), ids & 0x7FFFFFFF)
+    earlier = slot * 0 if E.viewed else count_earlier(tokens.topk_idx, token, E)
+    choices = tagged(earlier, ids & 0x7FFFFFFF)
     if ROW.rule != "":
         row, scales = _encoded(row, ROW)
     if ROW.checked:

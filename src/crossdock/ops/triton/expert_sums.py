@@ -39,7 +39,18 @@ from crossdock.ops.triton.sync import (
     wait_singled,
 )
 
-__all__ = ["Chosen", "Partial", "ReturnCall", "ReturnZone", "Returned", "combine_experts"]
+__all__ = [
+    "Chosen",
+    "Partial",
+    "ReturnCall",
+    "ReturnZone",
+    "Returned",
+    "add_up",
+    "combine_experts",
+    "row_of_x",
+    "store_sum",
+    "time_sums",
+]
 
 WEIGHTS = tl.constexpr(4)
 SUMS = tl.constexpr(5)
@@ -147,7 +158,7 @@ def combine_experts(chosen, returned, link, zone, call, P: tl.constexpr, G: tl.c
     if ticket == 0:
         if takes_part:
             enter(link, number, G)
-            post_rounds(link, number, 4, G)
+            post_rounds(link, number, False, False, G)
     elif ticket < TELLERS:
         if wait_for_credit(own, link.kind, number, link, CREDIT, G) & takes_part:
             _send_weights(ticket - 1, chosen, link, zone, call, number, P, G)
@@ -165,11 +176,11 @@ def combine_experts(chosen, returned, link, zone, call, P: tl.constexpr, G: tl.c
                 )
     elif ticket < TELLERS + call.num_senders + TIMERS:
         src = ticket - TELLERS - call.num_senders
-        _time(own, chosen, returned, src, link, zone, call, number, P, G)
+        time_sums(own, chosen, returned, src, link, zone, call, number, P, G)
     else:
         first = ticket - TELLERS - call.num_senders - TIMERS
         for token in range(first, call.num_tokens, call.num_reducers):
-            _reduce(own, chosen, returned, token, link, zone, call, number, P, G)
+            add_up(own, chosen, returned, token, link, zone, call, number, P, G)
 
 
 @triton.jit
@@ -187,7 +198,7 @@ def _send_weights(nth, chosen, link, zone, call, number, P: tl.constexpr, G: tl.
 
 
 @triton.jit
-def _row_at(address, P: tl.constexpr):
+def row_of_x(address, P: tl.constexpr):
     """Pointer to the elements of a row of the caller's."""
     if P.aligned:
         return row_at(address, tl.bfloat16)
@@ -201,7 +212,7 @@ def _term(returned, rows, which, lane, P: tl.constexpr):
     row = tl.sum(tl.where(which, rows, 0))
     there = tl.max(which.to(tl.int32)) > 0
     begin = returned.x + row.to(tl.int64) * (2 * P.hidden)
-    term = tl.load(_row_at(begin, P) + lane, mask=(lane < P.hidden) & there, other=0.0)
+    term = tl.load(row_of_x(begin, P) + lane, mask=(lane < P.hidden) & there, other=0.0)
     return term.to(tl.float32)
 
 
@@ -284,7 +295,7 @@ def _send_sum(
         if granted == 0:
             granted = has_credit(credit, own, link.kind, number, link, CREDIT, G)
         if granted & known:
-            _store_sum(base + zone.landing + begin, total, P, G)
+            store_sum(base + zone.landing + begin, total, P, G)
             flag = words_at(base + zone.flags, 4) + link.rank * call.num_slots + token
             raise_flags(flag, None, number)
     return granted
@@ -298,7 +309,7 @@ def _was_there(returned, ranks, G: tl.constexpr):
 
 
 @triton.jit
-def _store_sum(to, total, P: tl.constexpr, G: tl.constexpr):
+def store_sum(to, total, P: tl.constexpr, G: tl.constexpr):
     """Write a sum where it travels from."""
     lane = tl.arange(0, P.padded)
     if not P.is_float:
@@ -346,7 +357,9 @@ def _load_sum(at, here, P: tl.constexpr):
 
 
 @triton.jit
-def _time(own, chosen, returned, src, link, zone, call, number, P: tl.constexpr, G: tl.constexpr):
+def time_sums(
+    own, chosen, returned, src, link, zone, call, number, P: tl.constexpr, G: tl.constexpr
+):
     """Measure how long the rows of a rank are waited for."""
     slot, spent = tl.arange(0, P.padded_topk), tl.cast(0, tl.int64)
     SIZE: tl.constexpr = P.at_once // P.padded_topk
@@ -365,7 +378,7 @@ def _time(own, chosen, returned, src, link, zone, call, number, P: tl.constexpr,
 
 
 @triton.jit
-def _reduce(
+def add_up(
     own, chosen, returned, token, link, zone, call, number, P: tl.constexpr, G: tl.constexpr
 ):
     """Add up the rows of a token in rank order."""
@@ -390,4 +403,4 @@ def _reduce(
         total += _load_sum(own + zone.landing + begin, here, P)
     to = chosen.out + tl.cast(token, tl.int64) * (2 * P.hidden)
     rounded = round_sum(total, tl.bfloat16, G.is_compiled)
-    tl.store(_row_at(to, P) + lane, rounded, mask=lane < P.hidden)
+    tl.store(row_of_x(to, P) + lane, rounded, mask=lane < P.hidden)

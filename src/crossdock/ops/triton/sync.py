@@ -357,16 +357,23 @@ def raise_flags(words, wanted, value):
 
 
 @triton.jit
-def post_rounds(link, number, NUM: tl.constexpr, G: tl.constexpr):
-    """Tell every peer how many rounds of the first `NUM` operations this rank has behind it.
+def post_rounds(link, number, DISPATCHES: tl.constexpr, LEAVES: tl.constexpr, G: tl.constexpr):
+    """Tell every peer how many rounds of the low-latency operations this rank has behind it.
 
     A kernel begins when those launched before it are over, so what they read may be overwritten.
-    Its own round is not behind it, though all its tickets may have been drawn.
+    Its own round is not behind it, though all its tickets may have been drawn. Nor is the last
+    dispatch if it left rows where they landed (`LEAVES`), which the caller reads until the next
+    one: its number is kept for combines.
     """
-    peer = tl.arange(0, G.padded)
-    state = tl.arange(0, NUM)
+    peer, state = tl.arange(0, G.padded), tl.arange(0, 4)
     behind = (tl.load(words_at(link.states, 8) + state) >> 32).to(tl.int32)
     behind = tl.where(state == link.kind, number - 1, behind)
+    left = words_at(link.states, 8) + G.num_states + state
+    if DISPATCHES:
+        tl.store(left, tl.where((state == link.kind) & LEAVES, number, 0), mask=state < 2)
+    else:
+        begun = tl.load(left, mask=state < 2, other=0).to(tl.int32)
+        behind = tl.where((begun != 0) & (behind - begun >= 0), begun - 1, behind)
     base = heaps_of(link, peer, peer < G.size)
     mine = words_at(base + link.credits + link.rank * (4 * G.num_states), 4)
     words = mine[:, None] + state[None, :]
