@@ -46,6 +46,7 @@ from crossdock.cli.bench_device_cases import (
 )
 from crossdock.cli.bench_device_clocks import Clock, RefusedError
 from crossdock.cli.bench_device_low_latency import _Calls as LowLatencyCalls
+from crossdock.cli.bench_device_low_latency_views import _Calls as ViewCalls
 from crossdock.cli.bench_device_picture import curves, draw
 from crossdock.cli.bench_device_stage import Stage
 from crossdock.cli.bench_device_tables import (
@@ -276,8 +277,10 @@ def test_low_latency_calls_are_measured(pool: Pool) -> None:
     assert [(each.call, each.clock) for each in report.figures] == [
         (PAIR, "wall"), (HOOKED, "wall"), (PAIR, "graph"), (KNOWN, "graph"), (HOOKED, "graph"),
         ("dispatch", "graph"), ("combine", "graph"),
+        (PAIR, "wall"), (PAIR, "graph"), ("dispatch", "graph"),
     ]  # fmt: skip
-    assert all(each.time_us for each in report.figures[:2])
+    assert [each.system for each in report.figures] == ["crossdock"] * 7 + ["crossdock, views"] * 3
+    assert all(each.time_us for each in [*report.figures[:2], report.figures[7]])
     assert whys(report) == {"UnsupportedError: a CUDA graph needs a GPU"}
     assert report.memory[str(asked)]["fp8 slabs"] == 2 * 4 * 128 * (256 + 8)
     rows = 4 * 6 * 256  # of six tokens of each rank, at least, and a landing zone holds more
@@ -353,12 +356,25 @@ def double_scales(result: Any) -> Any:
     return result
 
 
+def double_viewed_scales(result: Any) -> Any:
+    result[0].tokens[1].mul_(2)
+    return result
+
+
+def forget_rows(result: Any) -> Any:
+    result[0].src_idx.fill_(-1)
+    return result
+
+
 FAULTS = {
     "rows": ("dispatch", flip_rows),
     "scales": ("dispatch", double_a_scale),
     "sums": ("combine", turn_sums),
     "slab scales": ("low_latency_dispatch", double_scales),
     "weighted sums": ("low_latency_combine", turn_sums),
+    "viewed rows": ("low_latency_dispatch_views", double_viewed_scales),
+    "viewed slots": ("low_latency_dispatch_views", forget_rows),
+    "sums of views": ("low_latency_combine_views", turn_sums),
 }
 
 
@@ -408,6 +424,29 @@ def spoilt_slabs(group: dist.ProcessGroup, asked: Chapter, fault: str) -> Any:
         there = calls.one("dispatch", calls.dispatch, calls.dispatch_problem, clock="wall")
         back = calls.one("combine", calls.combine, calls.combine_problem, clock="wall")
     return there.time_us is not None, there.why or back.why
+
+
+@pytest.mark.parametrize(
+    ("fault", "what"),
+    [("viewed rows", "rows of rank 0"), ("viewed slots", "which rows"), ("sums of views", "sums")],
+)
+def test_wrong_views_are_refused(pool: Pool, fault: str, what: str) -> None:
+    asked = chapter("crossdock", LOW_LATENCY, forms=("fp8",))
+    assert pool.run(spoilt_views, asked, fault)[3].startswith(what)
+
+
+def spoilt_views(group: dist.ProcessGroup, asked: Chapter, fault: str) -> str:
+    """What is found wrong with a dispatch, or with both calls."""
+    with (
+        Stage(group, asked, remaining_s=60.0) as stage,
+        stage.buffer(low_latency_mode=True) as buffer,
+    ):
+        calls = ViewCalls(stage, buffer, "fp8")
+        right = calls.dispatch_problem(calls.dispatch()) or calls.sum_problem(calls.pair())
+        with spoilt(*FAULTS[fault]):
+            if fault == "sums of views":
+                return right or calls.sum_problem(calls.pair())
+            return right or calls.dispatch_problem(calls.dispatch())
 
 
 @pytest.mark.parametrize(

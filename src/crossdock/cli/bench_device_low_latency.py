@@ -20,6 +20,7 @@ from torch import Tensor
 from crossdock import Buffer
 from crossdock.cli.bench_device_cases import HOOKED, KNOWN, PAIR, Figure, row_bytes
 from crossdock.cli.bench_device_clocks import Call, Check
+from crossdock.cli.bench_device_low_latency_views import measure_views
 from crossdock.cli.bench_device_stage import Stage
 from crossdock.cli.bench_device_truth import bits, decoded, encoded, factor
 from crossdock.reference import calc_diff
@@ -38,6 +39,7 @@ def measure_low_latency(stage: Stage) -> None:
         with stage.buffer(num_rdma_bytes=hint, low_latency_mode=True) as buffer:
             calls = _Calls(stage, buffer, form=form)
             calls.measure()
+            measure_views(stage, buffer, form=form)
             stage.describe(buffer, **{f"{form} slabs": calls.slab_bytes})
 
 

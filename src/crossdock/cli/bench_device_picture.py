@@ -19,7 +19,14 @@ from crossdock.cli.bench_device_cases import HIGH_THROUGHPUT, LOW_LATENCY, Figur
 __all__ = ["curves", "draw"]
 
 _INK, _GREY, _PALE = "#24292f", "#6e7781", "#c9d1d9"
-_COLOURS = MappingProxyType({"crossdock": "#c2410c", "FlashInfer": "#1d4e89", "NCCL": "#4d7c0f"})
+_COLOURS = MappingProxyType(
+    {
+        "crossdock": "#c2410c",
+        "crossdock, views": "#eab308",
+        "FlashInfer": "#1d4e89",
+        "NCCL": "#4d7c0f",
+    }
+)
 _DASHES = MappingProxyType({"bf16": "-", "fp8": "--"})
 _LATENT = ":"
 
