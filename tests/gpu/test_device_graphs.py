@@ -111,6 +111,38 @@ def judge_low_latency(made: Any, shape: Shape, brought: Brought, rank: int) -> l
     return faults + sum_faults([back], [exact[rank]])
 
 
+def views(buffer: Buffer, shape: Shape, given: list[torch.Tensor]) -> Any:
+    """Rows that stay where they land, and go back by being read there."""
+    x, idx, _ = given
+    landed, *_ = buffer.low_latency_dispatch_views(
+        x, idx, shape.num_tokens, num_experts=NUM_LOCAL * buffer.group_size, use_fp8=False
+    )
+    written = buffer.get_next_low_latency_views_buffer(landed, shape.hidden)
+    written.copy_(experts(landed.tokens, buffer.rank))
+    back, *_ = buffer.low_latency_combine_views(written, idx, landed, zero_copy=True)
+    return landed.tokens, landed.topk_idx, landed.src_idx, back
+
+
+def judge_views(made: Any, shape: Shape, brought: Brought, rank: int) -> list[str]:
+    tokens, idx, src_idx, back = each_on_cpu(made)
+    owners = [chosen // NUM_LOCAL for chosen in brought.routing.topk_idxs]
+    faults = []
+    for src, (owner, chosen) in enumerate(zip(owners, brought.routing.topk_idxs, strict=True)):
+        there = (owner == rank).any(1)
+        wanted = {
+            "rows": (tokens[src][there], brought.xs[src][there]),
+            "choices": (idx[src], torch.where(owner == rank, chosen - rank * NUM_LOCAL, -1)),
+            "which": (src_idx[src], torch.where(there, torch.arange(len(there)), -1).int()),
+        }
+        for what, (got, right) in wanted.items():
+            faults += [f"{what} of {src}: {why}" for why in [difference(got, right)] if why]
+    total = torch.zeros(back.shape)
+    for peer in range(len(owners)):
+        here = (owners[rank] == peer).any(1)
+        total[here] += experts(brought.xs[rank][here], peer).float()
+    return [*faults, *filter(None, [difference(back, total.bfloat16())])]
+
+
 # High throughput, with room for the worst case.
 
 
@@ -177,6 +209,7 @@ def with_layout(brought: Brought, rank: int) -> list[torch.Tensor]:
 
 KINDS = {
     "low latency": Kind(low_latency, judge_low_latency, Brought.on_gpu),
+    "views": Kind(views, judge_views, Brought.on_gpu),
     "padded": Kind(padded, judge_padded, with_layout),
 }
 
@@ -247,7 +280,7 @@ def replay(group: Any, name: str, shape: Shape, num_replays: int) -> list[str]:
 
 def differences(made: Any, same: Any, kind: Kind) -> list[str]:
     """What went back, and how much came: other memory may differ where nothing is defined."""
-    back = -1 if kind.calls is low_latency else -2
+    back = -2 if kind.calls is padded else -1
     return list(filter(None, [difference(made[back].cpu(), same[back].cpu())]))
 
 
@@ -255,6 +288,8 @@ SHAPES = [
     ("low latency", Shape(16, 512, 4)),
     ("low latency", Shape(7, 1024, 8, "fp8")),
     ("low latency", Shape(33, 640, 2, "fp8", "compact")),
+    ("views", Shape(16, 512, 4)),
+    ("views", Shape(9, 67, 2)),
     ("padded", Shape(32, 512, 4)),
     ("padded", Shape(5, 67, 2)),
 ]
@@ -294,6 +329,7 @@ def replay_two(group: Any, names: list[str], shapes: list[Shape], num_replays: i
 PAIRS = {
     "two of low latency": (["low latency"] * 2, [Shape(16, 512, 4), Shape(9, 512, 4)]),
     "padded and low latency": (["padded", "low latency"], [Shape(24, 512, 4), Shape(16, 512, 4)]),
+    "views and low latency": (["views", "low latency"], [Shape(16, 512, 4), Shape(9, 512, 4)]),
     "two padded": (["padded"] * 2, [Shape(24, 512, 4), Shape(8, 512, 2)]),
 }
 
