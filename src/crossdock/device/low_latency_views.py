@@ -32,6 +32,7 @@ from crossdock.device.memory import Generation
 from crossdock.device.operands import (
     address_of,
     check_operands,
+    show,
     then_copy,
     tokens_at,
     unreachable,
@@ -39,7 +40,6 @@ from crossdock.device.operands import (
 )
 from crossdock.device.watch import State
 from crossdock.errors import HandleError
-from crossdock.formats import RowFormat
 from crossdock.ops.triton import expert_records, expert_sums
 from crossdock.routing import Selection
 from crossdock.transports.header import Operation
@@ -247,7 +247,8 @@ class DeviceViews:
             raise HandleError("the combine before the last is in flight still: run its hook first")
         if memory.turns[0] == memory.read_at[zone]:
             raise HandleError("zero_copy: others may still read there, until the next dispatch")
-        rows = _rows_of(memory, zone, (num_ranks, num_slots, hidden))
+        at, shape = memory.plan.returns[zone].landing, (num_ranks, num_slots, hidden)
+        rows = show(memory, torch.bfloat16, shape, at=at, row=2 * hidden, slots=num_slots)
         return _Room(ref(views.src_idx), ref(memory), turn, rows)
 
     def _check_room(self, memory: Generation) -> None:
@@ -258,38 +259,30 @@ class DeviceViews:
         memory.read_at[room.turn % len(memory.plan.returns)] = memory.turns[0]
 
 
-def _rows_of(memory: Generation, zone: int, shape: tuple[int, int, int]) -> torch.Tensor:
-    """What a rank lets the others read of a zone: [R, M, H] bf16."""
-    own, (_, num_slots, hidden) = memory.own.view(torch.bfloat16), shape
-    begin = memory.own.storage_offset() + memory.plan.returns[zone].landing
-    return own.as_strided(shape, (num_slots * hidden, hidden, 1), begin // own.itemsize)
-
-
 def _views(
     memory: Generation, landing: int, plan: DispatchPlan, *, kind: DispatchKind, num_ranks: int
 ) -> LowLatencyViews:
     """The rows where they will land, and room for the rest."""
-    form, row, device = kind.form, plan.row, memory.own.device
-    shape, words = (num_ranks, kind.num_slots), memory.own.storage_offset() + landing
-
-    def part(dtype: torch.dtype, at: int, columns: tuple[int, ...]) -> torch.Tensor:
-        size = dtype.itemsize
-        strides = (kind.num_slots * row.stride // size, row.stride // size, 1)[: 2 + len(columns)]
-        own = memory.own.view(dtype)
-        return own.as_strided((*shape, *columns), strides, (words + at) // size)
-
-    payload = part(form.element, 0, (kind.hidden,))
-    layout: RowFormat = form.row(kind.hidden)
-    tokens: torch.Tensor | tuple[torch.Tensor, torch.Tensor] = payload
-    if layout.scale is not None:
-        columns = (layout.num_scales,) if form.block else ()
-        tokens = (payload, part(layout.scale, row.scales_at, columns))
-    choices, empty = (*shape, kind.num_topk), torch.empty
-    src_idx = empty(num_ranks * kind.num_slots + num_ranks, dtype=torch.int32, device=device)
+    form, row, layout, device = kind.form, plan.row, plan.layout, memory.own.device
+    shape, empty = (num_ranks, kind.num_slots), torch.empty_strided
+    num_slots, num_topk, row_bytes = kind.num_slots, kind.num_topk, row.stride
+    tokens: torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+    tokens = payload = show(
+        memory, form.element, (*shape, kind.hidden), at=landing, row=row_bytes, slots=num_slots
+    )
+    if layout.scale is not None and layout.scales is not None:
+        at, of_row = landing + row.scales_at, (*shape, *layout.scales[2:])
+        scales = show(memory, layout.scale, of_row, at=at, row=row_bytes, slots=num_slots)
+        tokens = (payload, scales)
+    choices, strides = (*shape, num_topk), (num_slots * num_topk, num_topk, 1)
+    words = empty((num_ranks * num_slots + num_ranks,), (1,), dtype=torch.int32, device=device)
+    weights = None
+    if kind.topk_weights is not None:
+        weights = empty(choices, strides, dtype=torch.float32, device=device)
     return LowLatencyViews(
         tokens,
-        empty(choices, dtype=torch.int64, device=device),
-        None if kind.topk_weights is None else empty(choices, device=device),
-        src_idx.as_strided(shape, (kind.num_slots, 1)),
+        empty(choices, strides, dtype=torch.int64, device=device),
+        weights,
+        words.as_strided(shape, (num_slots, 1)),
         kind.num_experts,
     )

@@ -204,6 +204,7 @@ class Generation:
         own: the heap of this rank, uint8.
         turns: low-latency dispatches and combines so far, whose zones take turns.
         read_at: of both zones of combines, after how many dispatches other ranks last read there.
+        shown: `own` as other dtypes. See `operands.show`.
         masked: [R] int64, not 0 where this rank goes on without a rank; part of its heap.
         addresses: of peers and states.
     """
@@ -228,6 +229,7 @@ class Generation:
         self.turns = [0, 0]
         self.read_at = [-1, -1]
         self._held: set[tuple[int, int]] = set()
+        self.shown: dict[torch.dtype, torch.Tensor] = {}
         self.own = own = heap.peer(rank)
         words = own[self.plan.watch : self.plan.credits].view(torch.int64)
         words[REPORT.value] = report

@@ -1,4 +1,4 @@
-"""Tensors as the kernels of low-latency calls take them, or why they cannot."""
+"""Tensors as the kernels of low-latency calls take them, or why they cannot; rows of the heap."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from crossdock.device.engine import Engine
+from crossdock.device.memory import Generation
 from crossdock.errors import UnsupportedError
 from crossdock.ops.triton import expert_records
 from crossdock.shapes import Meta
@@ -15,6 +16,7 @@ from crossdock.verbs import Stats
 __all__ = [
     "address_of",
     "check_operands",
+    "show",
     "then_copy",
     "tokens_at",
     "unreachable",
@@ -71,3 +73,30 @@ def writable(out: torch.Tensor) -> torch.Tensor:
     """The tensor, or one in its place where kernels cannot write to it."""
     fits = out.is_contiguous() and out.data_ptr() % 16 == 0
     return out if fits else torch.empty(out.shape, dtype=out.dtype, device=out.device)
+
+
+def show(
+    memory: Generation,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    *,
+    at: int,
+    row: int,
+    slots: int,
+) -> torch.Tensor:
+    """Rows of this rank's heap, [R, M, ...], of which each source has `slots`, at least M.
+
+    Args:
+        memory: the heap.
+        dtype: of their elements.
+        shape: [R, M], or [R, M, columns].
+        at: where the first one begins.
+        row: bytes from slot to slot.
+        slots: of a source.
+    """
+    own = memory.shown.get(dtype)
+    if own is None:
+        own = memory.shown[dtype] = memory.own.view(dtype)
+    size = dtype.itemsize
+    strides = (slots * row // size, row // size, 1)[: len(shape)]
+    return own.as_strided(shape, strides, (memory.own.storage_offset() + at) // size)

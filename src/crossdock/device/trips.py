@@ -19,6 +19,7 @@ from crossdock.device.addresses import addresses_received, addresses_sent
 from crossdock.device.constants import aligned
 from crossdock.device.engine import Engine
 from crossdock.device.memory import UNIT, DeviceCapacity
+from crossdock.device.operands import show
 from crossdock.device.rank_kernels import (
     DispatchPlan,
     fingerprint,
@@ -167,18 +168,18 @@ class Trip:
 
     def views(self, num_slots: int) -> tuple[list[torch.Tensor], torch.Tensor]:
         """The rows where they lie, [R, M, ...], and how many there are of each rank, [R] int32."""
-        row, engine, planes = self._plan.row, self._engine, []
-        own, of_source = self.memory.own, self.memory.capacity.num_tokens * row.stride
-        for plane, at in zip(self._planes, (0, row.scales_at), strict=False):
-            words, size = own.view(plane.dtype), plane.itemsize
-            begin = own.storage_offset() + self.memory.plan.rows.landing + at
-            planes.append(
-                words.as_strided(
-                    (engine.num_ranks, num_slots, plane.shape[1]),
-                    (of_source // size, row.stride // size, 1),
-                    begin // size,
-                )
+        row, memory, landing = self._plan.row, self.memory, self.memory.plan.rows.landing
+        planes = [
+            show(
+                memory,
+                plane.dtype,
+                (self._engine.num_ranks, num_slots, plane.shape[1]),
+                at=landing + at,
+                row=row.stride,
+                slots=memory.capacity.num_tokens,
             )
+            for plane, at in zip(self._planes, (0, row.scales_at), strict=False)
+        ]
         return planes, self._chunks[0, :, 0]
 
     def enlarge(self, most: int) -> None:
