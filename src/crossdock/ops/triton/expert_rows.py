@@ -27,14 +27,12 @@ from crossdock.ops.triton.links import heap_of, heaps_of, words_at
 from crossdock.ops.triton.masked import is_counted_on, is_left_out, is_masked, mask_ranks
 from crossdock.ops.triton.pieces import load_pieces, num_pieces, store_piece
 from crossdock.ops.triton.row_checks import check_sum, sum_of_pieces
+from crossdock.ops.triton.signals import enter, post_rounds, tagged
 from crossdock.ops.triton.sync import (
     draw_ticket,
-    enter,
     follow,
-    post_rounds,
     read_flags,
     read_tagged,
-    tagged,
     time_flags,
     time_tagged,
     wait_flags,

@@ -16,7 +16,8 @@ from crossdock.ops.triton.links import heaps_of, row_at, words_at
 from crossdock.ops.triton.pieces import load_pieces, num_pieces, store_piece
 from crossdock.ops.triton.quantize import UE8M0, encode_part, largest
 from crossdock.ops.triton.row_checks import sum_of_pieces
-from crossdock.ops.triton.sync import has_credit, look_for_credit, raise_flags, tagged
+from crossdock.ops.triton.signals import raise_flags, tagged
+from crossdock.ops.triton.sync import has_credit, look_for_credit
 
 __all__ = ["CREDIT", "send_row"]
 

@@ -24,15 +24,12 @@ from crossdock.ops.triton.links import Address, heap_of, heaps_of, row_at, words
 from crossdock.ops.triton.masked import is_left_out
 from crossdock.ops.triton.quantize import load_log, load_ranges, round_sum, store_log
 from crossdock.ops.triton.row_checks import check_sum, sum_of
+from crossdock.ops.triton.signals import enter, post_rounds, raise_flags, tagged
 from crossdock.ops.triton.sync import (
     draw_ticket,
-    enter,
     follow,
     has_credit,
     look_for_credit,
-    post_rounds,
-    raise_flags,
-    tagged,
     time_flags,
     wait_flags,
     wait_for_credit,

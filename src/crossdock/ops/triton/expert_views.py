@@ -24,14 +24,12 @@ from crossdock.ops.triton.masked import is_left_out
 from crossdock.ops.triton.pieces import load_pieces
 from crossdock.ops.triton.quantize import round_sum
 from crossdock.ops.triton.row_checks import check_sum, sum_of_pieces
+from crossdock.ops.triton.signals import enter, post_rounds, raise_flags
 from crossdock.ops.triton.sync import (
     draw_ticket,
-    enter,
     follow,
     has_credit,
     look_for_credit,
-    post_rounds,
-    raise_flags,
     read_flags,
     time_flags,
     wait_flags,

@@ -68,7 +68,7 @@ class Link(NamedTuple):
             in; then why this rank failed), and from the eighth on one for each rank that says
             whether it is masked.
         states: [num_states + 2] int64, `(rounds completed << 32) | tickets drawn` of each
-            operation; then see `sync.post_rounds`.
+            operation; then see `signals.post_rounds`.
         credits: offset in the heap of [R, num_states] int32, the rounds each rank has behind it.
             Behind that as many words: the last round of each operation that it has come to.
         rank: this rank.

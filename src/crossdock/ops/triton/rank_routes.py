@@ -19,15 +19,8 @@ import triton.language as tl
 
 from crossdock.ops.triton.links import Address, heap_of, words_at
 from crossdock.ops.triton.rank_waits import add_wait
-from crossdock.ops.triton.sync import (
-    draw_ticket,
-    enter,
-    post_credit,
-    tagged,
-    time_tagged,
-    wait_for_credit,
-    wait_tagged,
-)
+from crossdock.ops.triton.signals import enter, post_credit, tagged
+from crossdock.ops.triton.sync import draw_ticket, time_tagged, wait_for_credit, wait_tagged
 
 __all__ = ["Learned", "route_ranks"]
 

@@ -22,14 +22,8 @@ import triton.language as tl
 
 from crossdock.ops.triton.links import heap_of, heaps_of, words_at
 from crossdock.ops.triton.row_checks import sums_of
-from crossdock.ops.triton.sync import (
-    draw_ticket,
-    enter,
-    post_credit,
-    raise_flags,
-    wait_flags,
-    wait_for_credit,
-)
+from crossdock.ops.triton.signals import enter, post_credit, raise_flags
+from crossdock.ops.triton.sync import draw_ticket, wait_flags, wait_for_credit
 
 __all__ = ["send_ranks"]
 

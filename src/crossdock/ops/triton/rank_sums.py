@@ -22,12 +22,9 @@ from crossdock.ops.triton.links import Address, heap_of, heaps_of, row_at, words
 from crossdock.ops.triton.quantize import round_sum
 from crossdock.ops.triton.rank_waits import add_wait
 from crossdock.ops.triton.row_checks import check_sums, sums_of
+from crossdock.ops.triton.signals import enter, post_credit, raise_flags, tagged
 from crossdock.ops.triton.sync import (
     draw_ticket,
-    enter,
-    post_credit,
-    raise_flags,
-    tagged,
     time_tagged,
     wait_flags,
     wait_for_credit,
