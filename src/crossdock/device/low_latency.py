@@ -13,6 +13,7 @@ import functools
 from typing import NamedTuple
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from crossdock.device.constants import aligned
 from crossdock.device.engine import Engine
@@ -54,6 +55,7 @@ class DeviceLowLatency(DeviceViews):
 
     def __init__(self, engine: Engine, *, partials: torch.dtype) -> None:
         super().__init__(engine, partials=partials)
+        self._buffers = WeakTensorKeyDictionary()
         self._dispatches = functools.lru_cache(REMEMBERED)(self._prepare_dispatch)
         self._combines = functools.lru_cache(REMEMBERED)(self._prepare_combine)
 

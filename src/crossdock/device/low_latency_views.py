@@ -14,7 +14,6 @@ from typing import NamedTuple
 from weakref import ref
 
 import torch
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from crossdock.device.constants import aligned
 from crossdock.device.engine import Engine
@@ -72,7 +71,6 @@ class DeviceViews:
     def __init__(self, engine: Engine, *, partials: torch.dtype) -> None:
         self._engine = engine
         self._partials = partials
-        self._buffers = WeakTensorKeyDictionary()
         self._room: _Room | None = None
         self._dispatch_plan = functools.cache(self._plan_dispatch)
         self._combine_plan = functools.cache(self._plan_combine)

@@ -70,7 +70,7 @@ def dispatch_experts(
     if ticket == 0:
         if takes_part:
             enter(link, number, G)
-            post_rounds(link, number, True, False, G)
+            post_rounds(link, number, DISPATCHES=True, LEAVES=False, G=G)
     elif ticket == 1:
         if wait_for_credit(own, link.kind, number, link, CREDIT, G) & takes_part:
             _tell(tokens.topk_idx, link, zone, call, number, E, G)

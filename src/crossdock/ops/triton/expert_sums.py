@@ -155,7 +155,7 @@ def combine_experts(chosen, returned, link, zone, call, P: tl.constexpr, G: tl.c
     if ticket == 0:
         if takes_part:
             enter(link, number, G)
-            post_rounds(link, number, False, False, G)
+            post_rounds(link, number, DISPATCHES=False, LEAVES=False, G=G)
     elif ticket < TELLERS:
         if wait_for_credit(own, link.kind, number, link, CREDIT, G) & takes_part:
             _send_weights(ticket - 1, chosen, link, zone, call, number, P, G)

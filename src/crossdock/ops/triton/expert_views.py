@@ -68,7 +68,7 @@ def leave_experts(
     if ticket == 0:
         if takes_part:
             enter(link, number, G)
-            post_rounds(link, number, True, True, G)
+            post_rounds(link, number, DISPATCHES=True, LEAVES=True, G=G)
     elif ticket == 1:
         if wait_for_credit(own, link.kind, number, link, CREDIT, G) & takes_part:
             tell_tokens(link, zone, call, number, G)
@@ -187,7 +187,7 @@ def return_experts(
     if ticket == 0:
         if takes_part:
             enter(link, number, G)
-            post_rounds(link, number, False, False, G)
+            post_rounds(link, number, DISPATCHES=False, LEAVES=False, G=G)
     elif ticket <= call.num_senders:
         if PULLS:
             if wait_for_credit(own, link.kind, number, link, BACK_CREDIT, G) & takes_part:

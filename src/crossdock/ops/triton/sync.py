@@ -49,7 +49,6 @@ __all__ = [
     "read_tagged",
     "time_flags",
     "time_tagged",
-    "wait_all_tagged",
     "wait_flags",
     "wait_for_credit",
     "wait_here",
@@ -252,14 +251,6 @@ def condemn(src, number, link, phase, G: tl.constexpr):
 
 
 @triton.jit
-def wait_singled(words, wanted, ranks, number, link, phase, G: tl.constexpr):
-    """The same as `wait_all_tagged`, of words at which few programs look."""
-    seen = _look(words, wanted, SINGLED)
-    seen, come, _ = _wait(seen, words, wanted, ranks, number, link, phase, G, SINGLED, 0)
-    return (seen >> 32).to(tl.int32), come
-
-
-@triton.jit
 def wait_tagged(words, wanted, ranks, number, link, phase, G: tl.constexpr):
     """The data of tagged words of this round, each written by the rank beside it.
 
@@ -288,10 +279,10 @@ def time_tagged(words, wanted, ranks, number, link, phase, G: tl.constexpr):
 
 
 @triton.jit
-def wait_all_tagged(words, wanted, ranks, number, link, phase, G: tl.constexpr):
-    """The same data, and whether all has come that is counted on."""
-    seen = _look(words, wanted, TAGGED)
-    seen, come, _ = _wait(seen, words, wanted, ranks, number, link, phase, G, TAGGED, 0)
+def wait_singled(words, wanted, ranks, number, link, phase, G: tl.constexpr):
+    """The same data, and whether all has come that is counted on; at these few programs look."""
+    seen = _look(words, wanted, SINGLED)
+    seen, come, _ = _wait(seen, words, wanted, ranks, number, link, phase, G, SINGLED, 0)
     return (seen >> 32).to(tl.int32), come
 
 
