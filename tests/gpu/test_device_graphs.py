@@ -268,11 +268,11 @@ def replay(group: Any, name: str, shape: Shape, num_replays: int) -> list[str]:
         if whims.random() < 0.2:
             spin(whims.random() * 300)
         made = graph.replay(given)
+        if index % JUDGE_EVERY == 0:
+            faults += [f"{index}: {each}" for each in kind.judge(made, shape, brought, rank)]
         if index % COMPARE_EVERY == 0:
             same = kind.calls(eager if index % 20 else buffer, shape, given)
             faults += [f"{index}: {each}" for each in differences(made, same, kind)]
-        if index % JUDGE_EVERY == 0:
-            faults += [f"{index}: {each}" for each in kind.judge(made, shape, brought, rank)]
     torch.cuda.synchronize()
     buffer.check()
     return faults[:20]
