@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from tests.gpu.adapter import NUM_GPUS, GpuPool
+from tests.gpu.adapter import COMPILING_S, NUM_GPUS, GpuPool
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Tests of other folders have marks of a plugin that may not be installed where these run."""
     config.addinivalue_line("markers", "timeout(seconds): the most that a test may take")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Kernels are compiled meanwhile, where the plugin is installed as well."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.timeout(120 + COMPILING_S), append=False)
 
 
 @pytest.fixture(scope="session")
