@@ -25,7 +25,6 @@ from crossdock.ops.triton import (
     rank_layouts,
     rank_records,
     rank_routes,
-    rank_sums,
 )
 from crossdock.ops.triton.links import Group, Link
 from tests.ops.quantize_kernels import usage_of
@@ -54,7 +53,7 @@ ARGUMENTS = {
     "send_ranks": types_of(SENT, *ROW_CALL),
     "place_ranks": types_of(SENT, RECEIVED, *ROW_CALL),
     "combine_ranks": types_of(
-        rank_sums.Rows, rank_sums.Sums, LINK, rank_sums.BackZone, rank_sums.BackCall
+        rank_records.Rows, rank_records.Sums, LINK, rank_records.BackZone, rank_records.BackCall
     ),
     "dispatch_experts": types_of(
         expert_records.Tokens,
@@ -240,7 +239,7 @@ def row_of(shape: Shape) -> rank_records.RankRow:
     )
 
 
-def words_of(row: rank_records.RankRow | rank_sums.BackRow, shape: Shape) -> int:
+def words_of(row: rank_records.BackRow | rank_records.RankRow, shape: Shape) -> int:
     """Nothing is sent by a rank that is alone."""
     return 8 * row.rows * row.padded_words if row.word == 16 and shape.num_ranks > 1 else 0
 

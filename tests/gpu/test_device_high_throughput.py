@@ -6,6 +6,9 @@ from types import FunctionType
 
 from tests.gpu.adapter import NEEDS_GPUS, on_device
 from tests.worlds import test_high_throughput as world
+from tests.worlds.test_device_high_throughput import test_knobs_change_no_result
+
+__all__ = ["test_knobs_change_no_result"]
 
 pytestmark = NEEDS_GPUS
 

@@ -15,7 +15,7 @@ from crossdock.device.constants import aligned, constants, next_power_of_two, wi
 from crossdock.device.launch import Kernel, model_of, starter
 from crossdock.device.rank_kernels import shares
 from crossdock.device.streams import Branch
-from crossdock.ops.triton import expert_records, expert_sums, rank_records, rank_routes, rank_sums
+from crossdock.ops.triton import expert_records, expert_sums, rank_records, rank_routes
 from crossdock.ops.triton.links import Address, Link
 
 RECORDS = [
@@ -33,10 +33,10 @@ RECORDS = [
     rank_records.RowZone,
     rank_records.SentCall,
     rank_routes.Learned,
-    rank_sums.Rows,
-    rank_sums.Sums,
-    rank_sums.BackZone,
-    rank_sums.BackCall,
+    rank_records.Rows,
+    rank_records.Sums,
+    rank_records.BackZone,
+    rank_records.BackCall,
 ]
 
 

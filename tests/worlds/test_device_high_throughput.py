@@ -6,18 +6,32 @@ rows, every way of calling. On GPUs all of those tests run (`tests/gpu`).
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 
-from crossdock import Buffer, CrossdockError, HandleError, reference
+from crossdock import Buffer, Config, CrossdockError, HandleError, reference
 from crossdock.cases import ROUTING_CASES, Routing, origin_rows
+from crossdock.device import rank_kernels
 from tests.worlds import test_high_throughput as world
-from tests.worlds.checks import combine_faults, row_faults
+from tests.worlds.checks import combine_faults, dispatch_faults, row_faults
 from tests.worlds.device_worlds import small
-from tests.worlds.test_high_throughput import KINDS, Kind, copied, lay_out, open_buffer, plain
+from tests.worlds.test_high_throughput import (
+    KINDS,
+    Kind,
+    Returned,
+    copied,
+    lay_out,
+    make_answers,
+    make_weights,
+    open_buffer,
+    plain,
+    received,
+)
 
 MOST = 19
-"""Tokens of a rank: two chunks, three on the way back."""
+"""Tokens of a rank: three flags, five on the way back."""
 TURNS = [
     ["bf16 of odd width", "fp8, fp32 scales"],
     ["bf16", "fp16"],
@@ -52,6 +66,40 @@ def test_rows_arrive_in_other_worlds(interpreted_pool, monkeypatch, num_ranks, c
 
 def test_rows_arrive_on_four_ranks(interpreted_pool, monkeypatch):
     go_there_and_back(interpreted_pool, monkeypatch, 4, "uneven", ["bf16 of odd width"])
+
+
+def go_with_knobs(group, routing, config, few_senders):
+    """Few programs, each with several chunks."""
+    rank, kind = group.rank(), KINDS["bf16"]
+    topk_idx = routing.topk_idxs[rank]
+    few = mock.patch.object(rank_kernels, "_FEW_SENDERS", few_senders)
+    with few, open_buffer(group, "device") as buffer, world.poisoned_allocations():
+        made = buffer.dispatch(
+            kind.make(rank, len(topk_idx), kind.hidden),
+            **lay_out(buffer, routing),
+            topk_idx=topk_idx,
+            topk_weights=make_weights(topk_idx, rank),
+            config=config,
+        )
+        answers = make_answers(len(made[4].recv_src_idx), kind, seed=rank)
+        given = (None, make_weights(made[1], 100 + rank))
+        back = [buffer.combine(answers, made[4], topk_weights=w, config=config) for w in given]
+        return received(*made), [Returned(*each[:2]) for each in back]
+
+
+@pytest.mark.parametrize(
+    ("config", "few_senders"),
+    [(Config(4), 24), (Config(4), 0), (Config(3, num_send_sms=1, tile_bytes=256), 24)],
+)
+def test_knobs_change_no_result(interpreted_pool, config, few_senders):
+    generator = torch.Generator().manual_seed(3)
+    idxs = [torch.randint(-1, 4, (length, 2), generator=generator) for length in (75, 46)]
+    routing = Routing(idxs, 4)
+    job = (go_with_knobs, routing, config, few_senders)
+    got, returned = zip(*interpreted_pool.run(*job, num_ranks=2), strict=True)
+    right = world.oracle_dispatch(routing, KINDS["bf16"])
+    assert not dispatch_faults(got, right)
+    world.check_returned(returned, right, routing, KINDS["bf16"])
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ from crossdock.errors import (
 )
 from crossdock.formats import RowFormat
 from crossdock.handle import Handle
-from crossdock.ops.triton import rank_sums
+from crossdock.ops.triton import rank_records
 from crossdock.routing import DispatchLayout, RoutingShare, dispatch_layout
 from crossdock.shapes import Meta, meta
 from crossdock.topology import num_local_experts
@@ -233,14 +233,14 @@ class DeviceExchange:
                 weights = weights.detach().contiguous()
                 sums = weights.new_empty((head.shape[0], num_topk))
             terms = [aligned(term) for term in bias]
-            rows = rank_sums.Rows(
+            rows = rank_records.Rows(
                 x.data_ptr(),
                 (x if weights is None else weights).data_ptr(),
                 src_idx.data_ptr(),
                 prefix.data_ptr(),
                 chunks.data_ptr(),
             )
-            summed = rank_sums.Sums(
+            summed = rank_records.Sums(
                 out.data_ptr(),
                 (out if sums is None else sums).data_ptr(),
                 (terms[0] if terms else x).data_ptr(),
@@ -372,9 +372,9 @@ def _empty_choices(
 
 def _back_call(
     handle: Handle, memory: Generation, *, num_rows: int, config: Config
-) -> rank_sums.BackCall:
+) -> rank_records.BackCall:
     have, table = memory.capacity, handle.recv_src_idx
-    return rank_sums.BackCall(
+    return rank_records.BackCall(
         handle.num_tokens,
         have.num_tokens,
         have.num_back_flags,

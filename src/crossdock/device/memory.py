@@ -21,8 +21,7 @@ from crossdock.errors import BufferTooSmallError, HandleError, TransportError
 from crossdock.ops.triton.expert_records import Zone
 from crossdock.ops.triton.expert_sums import ReturnZone
 from crossdock.ops.triton.links import MASKED, REPORT
-from crossdock.ops.triton.rank_records import RowZone
-from crossdock.ops.triton.rank_sums import BackZone
+from crossdock.ops.triton.rank_records import BackZone, RowZone
 from crossdock.transports.header import Call
 from crossdock.transports.symmetric import AddressedHeap, Symmetric
 

@@ -41,8 +41,6 @@ _DISPATCH_WORDS, _COMBINE_WORDS = 4096, 8192
 """Words of 8 bytes that a program moves at once."""
 _FEW_CHOICES, _FEW_EXPERTS = 16, 256
 """There is room for so many in any case, so that a heap need not grow for them."""
-_FEW_RANKS = 4
-"""The rows of more ranks do not fit into registers when so many are added up at once."""
 _FEW_SENDERS = 24
 """Each has so many rows to send that the last ones of a larger piece are not what is waited for."""
 _DTYPES = MappingProxyType(
@@ -57,6 +55,7 @@ def rank_row(
     has_weights: bool,
     local: int,
     viewed: bool = False,
+    few_senders: bool = False,
     checked: bool = False,
     tile_bytes: int = 0,
 ) -> rank_records.RankRow:
@@ -81,7 +80,7 @@ def rank_row(
         has_weights=has_weights,
         local=local,
         rows=_rows_at_once(tile_bytes // 8 or _DISPATCH_WORDS, padded),
-        chunk=2 * UNIT,
+        chunk=(4 if few_senders else 2) * UNIT,
         unit=UNIT,
         back=BACK_UNIT,
         checked=checked,
@@ -99,7 +98,7 @@ def back_row(
     few_senders: bool = False,
     checked: bool = False,
     tile_bytes: int = 0,
-) -> rank_sums.BackRow:
+) -> rank_records.BackRow:
     """The constants of the combine kernel."""
     num_bytes = hidden * dtype.itemsize
     word = widest_word(num_bytes)
@@ -107,9 +106,10 @@ def back_row(
     padded = next_power_of_two(num_words)
     weights_at, columns = align(num_bytes, 16), next_power_of_two(max(hidden, 1))
     check_at = align(weights_at + 4 * num_topk, 8)
-    usual = _COMBINE_WORDS if num_ranks <= _FEW_RANKS else _COMBINE_WORDS // 2
-    at_once = tile_bytes // 8 or usual
-    return rank_sums.BackRow(
+    at_once = tile_bytes // 8 or _COMBINE_WORDS
+    most = 8 * at_once // dtype.itemsize
+    terms = max(min(num_ranks, most // columns), 1)
+    return rank_records.BackRow(
         element=_DTYPES[dtype],
         hidden=hidden,
         padded=columns,
@@ -124,8 +124,10 @@ def back_row(
         padded_topk=next_power_of_two(max(num_topk, 1)),
         num_bias=num_bias,
         rows=_rows_at_once(at_once // 2, padded),
-        sums=_rows_at_once(4 * at_once // dtype.itemsize // (2 if num_topk else 1), columns),
-        chunk=(2 if few_senders else 1) * BACK_UNIT,
+        sums=_rows_at_once(most // terms, columns),
+        terms=terms,
+        parts=-(-num_ranks // terms),
+        chunk=(8 if few_senders else 1) * BACK_UNIT,
         unit=BACK_UNIT,
         checked=checked,
     )
@@ -163,9 +165,9 @@ def place_kernel(
 
 
 @functools.cache
-def combine_kernel(row: rank_sums.BackRow, group: Group, *, times: bool = False) -> Kernel:
-    """The kernel that sends rows back and adds them up; twice as many are on their way."""
-    num_warps = _num_warps(2 * row.rows * row.padded_words)
+def combine_kernel(row: rank_records.BackRow, group: Group, *, times: bool = False) -> Kernel:
+    """The kernel that sends rows back and adds them up."""
+    num_warps = _num_warps(row.rows * row.padded_words)
     return Kernel(rank_sums.combine_ranks, row, times, group, num_warps=num_warps)
 
 
@@ -231,6 +233,7 @@ def plan_dispatch(shape: DispatchShape) -> DispatchPlan:
         has_weights=shape.has_weights,
         local=shape.local,
         viewed=shape.viewed,
+        few_senders=shape.few_senders,
         checked=shape.checked,
         tile_bytes=shape.tile_bytes,
     )
@@ -239,9 +242,7 @@ def plan_dispatch(shape: DispatchShape) -> DispatchPlan:
     return DispatchPlan(
         row,
         route_kernel(shape.local, group, times=shape.counts_waits),
-        send_kernel(
-            row._replace(chunk=4 * UNIT) if shape.few_senders else row, group, numbers=shape.numbers
-        ),
+        send_kernel(row, group, numbers=shape.numbers),
         place_kernel(row, group, pads=shape.pads, times=shape.counts_waits),
         DeviceCapacity(
             num_tokens=shape.num_tokens,
@@ -313,7 +314,7 @@ class Shares(NamedTuple):
 
 @functools.cache
 def shares(num_sms: int, *, senders: int = 0, back: bool = False, viewed: bool = False) -> Shares:
-    """A third of the programs keeps the link busy; more than 32 do no good.
+    """Five programs of twelve keep the link busy; more than 32 do no good.
 
     Half of them, and up to 64, where nothing is placed, and on the way back. At the beginning of a
     dispatch one more for each rank numbers the rows, for some microseconds.
@@ -324,8 +325,8 @@ def shares(num_sms: int, *, senders: int = 0, back: bool = False, viewed: bool =
         back: on the way back.
         viewed: nothing is placed.
     """
-    if not senders:
-        senders = min(max(num_sms // 2, 1), 64) if back or viewed else min(max(num_sms // 3, 1), 32)
+    part, most = (num_sms // 2, 64) if back or viewed else (num_sms * 5 // 12, 32)
+    senders = senders or min(max(part, 1), most)
     return Shares(senders, max(num_sms - senders, 1))
 
 

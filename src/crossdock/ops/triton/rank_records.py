@@ -1,7 +1,9 @@
-"""What the kernels of a high-throughput dispatch are told, as named tuples of numbers.
+"""What the kernels of high-throughput calls are told, as named tuples of numbers.
+
+Those of a dispatch come first, then those of a combine.
 
 T tokens here, K top-k, R ranks, E experts, L local experts, M slots for the tokens of a rank,
-N received rows, C flags of a source, B of one on the way back.
+N received rows, H columns, C flags of a source, B of one on the way back.
 """
 
 from __future__ import annotations
@@ -10,7 +12,18 @@ from typing import NamedTuple
 
 from crossdock.ops.triton.links import Address
 
-__all__ = ["RankRow", "Received", "RowZone", "Sent", "SentCall"]
+__all__ = [
+    "BackCall",
+    "BackRow",
+    "BackZone",
+    "RankRow",
+    "Received",
+    "RowZone",
+    "Rows",
+    "Sent",
+    "SentCall",
+    "Sums",
+]
 
 
 class RankRow(NamedTuple):
@@ -126,3 +139,97 @@ class SentCall(NamedTuple):
     num_programs: int
     num_rows: int
     fingerprint: int
+
+
+class BackRow(NamedTuple):
+    """How a row is made, as constants of a kernel.
+
+    Attributes:
+        element: Triton's name of the dtype.
+        hidden, padded: H, and the next power of two.
+        num_bytes, word, num_words, padded_words: of a row; see `ExpertRow`.
+        weights_at, check_at, stride: where float32 weights and a sum begin, and from row to row.
+        num_topk, padded_topk: K; 0 without weights.
+        num_bias: 0, 1 or 2.
+        rows: rows that a sender moves at once.
+        sums: tokens whose rows are added up at once, a power of two.
+        terms, parts: ranks whose rows are added at once, and how often that has to be done.
+        chunk: tokens that a program is busy with at a time, a power of two.
+        unit: tokens that a flag covers, of which chunks consist.
+        checked: whether sums of rows travel with them, 8 bytes behind the weights.
+    """
+
+    element: int
+    hidden: int
+    padded: int
+    num_bytes: int
+    word: int
+    num_words: int
+    padded_words: int
+    weights_at: int
+    check_at: int
+    stride: int
+    num_topk: int
+    padded_topk: int
+    num_bias: int
+    rows: int
+    sums: int
+    terms: int
+    parts: int
+    chunk: int
+    unit: int
+    checked: bool
+
+
+class Rows(NamedTuple):
+    """What goes back: x [N, H], weights [N, K], and the handle; see `Received`."""
+
+    x: Address
+    topk_weights: Address
+    src_idx: Address
+    rank_prefix_matrix: Address
+    chunks: Address
+
+
+class Sums(NamedTuple):
+    """What comes: out [T, H], weights [T, K]; biases [T, H], and `send_head` [T, R].
+
+    Also [R] int64, to which microseconds that each rank was waited for are added.
+    """
+
+    out: Address
+    topk_weights: Address
+    bias: Address
+    more_bias: Address
+    send_head: Address
+    waits: Address
+
+
+class BackZone(NamedTuple):
+    """Offsets in the heap.
+
+    Attributes:
+        landing: [R, M] rows, by the rank that sends them.
+        flags: [R, C] int32, the number of the round.
+        kept: [R] tagged: rows of this rank that a rank has.
+    """
+
+    landing: Address
+    flags: Address
+    kept: Address
+
+
+class BackCall(NamedTuple):
+    """What changes from call to call: T, M, C, N, and programs.
+
+    Attributes:
+        spacing: rows from those of a source to those of the next one; 0 where there are no gaps.
+    """
+
+    num_tokens: int
+    num_slots: int
+    num_flags: int
+    num_rows: int
+    spacing: int
+    num_senders: int
+    num_reducers: int

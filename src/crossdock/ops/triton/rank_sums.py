@@ -13,12 +13,10 @@ Example (2 ranks, H=1): the token of rank 0 went to both ranks, which return 10 
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import triton
 import triton.language as tl
 
-from crossdock.ops.triton.links import Address, heap_of, heaps_of, row_at, words_at
+from crossdock.ops.triton.links import heap_of, heaps_of, row_at, words_at
 from crossdock.ops.triton.quantize import round_sum
 from crossdock.ops.triton.rank_waits import add_wait
 from crossdock.ops.triton.row_checks import check_sums, sums_of
@@ -31,102 +29,11 @@ from crossdock.ops.triton.sync import (
     wait_tagged,
 )
 
-__all__ = ["BackCall", "BackRow", "BackZone", "Rows", "Sums", "combine_ranks"]
+__all__ = ["combine_ranks"]
 
 KEPT = tl.constexpr(11)
 CREDIT = tl.constexpr(12)
 SUMS = tl.constexpr(13)
-
-
-class BackRow(NamedTuple):
-    """How a row is made, as constants of a kernel.
-
-    Attributes:
-        element: Triton's name of the dtype.
-        hidden, padded: H, and the next power of two.
-        num_bytes, word, num_words, padded_words: of a row; see `ExpertRow`.
-        weights_at, check_at, stride: where float32 weights and a sum begin, and from row to row.
-        num_topk, padded_topk: K; 0 without weights.
-        num_bias: 0, 1 or 2.
-        rows: rows that a sender moves at once.
-        sums: rows that are added up at once.
-        chunk: tokens that a sender is busy with at a time, a power of two.
-        unit: tokens that a flag covers, of which chunks and sums consist.
-        checked: whether sums of rows travel with them, 8 bytes behind the weights.
-    """
-
-    element: int
-    hidden: int
-    padded: int
-    num_bytes: int
-    word: int
-    num_words: int
-    padded_words: int
-    weights_at: int
-    check_at: int
-    stride: int
-    num_topk: int
-    padded_topk: int
-    num_bias: int
-    rows: int
-    sums: int
-    chunk: int
-    unit: int
-    checked: bool
-
-
-class Rows(NamedTuple):
-    """What goes back: x [N, H], weights [N, K], and the handle; see `Received`."""
-
-    x: Address
-    topk_weights: Address
-    src_idx: Address
-    rank_prefix_matrix: Address
-    chunks: Address
-
-
-class Sums(NamedTuple):
-    """What comes: out [T, H], weights [T, K]; biases [T, H], and `send_head` [T, R].
-
-    Also [R] int64, to which microseconds that each rank was waited for are added.
-    """
-
-    out: Address
-    topk_weights: Address
-    bias: Address
-    more_bias: Address
-    send_head: Address
-    waits: Address
-
-
-class BackZone(NamedTuple):
-    """Offsets in the heap.
-
-    Attributes:
-        landing: [R, M] rows, by the rank that sends them.
-        flags: [R, C] int32, the number of the round.
-        kept: [R] tagged: rows of this rank that a rank has.
-    """
-
-    landing: Address
-    flags: Address
-    kept: Address
-
-
-class BackCall(NamedTuple):
-    """What changes from call to call: T, M, C, N, and programs.
-
-    Attributes:
-        spacing: rows from those of a source to those of the next one; 0 where there are no gaps.
-    """
-
-    num_tokens: int
-    num_slots: int
-    num_flags: int
-    num_rows: int
-    spacing: int
-    num_senders: int
-    num_reducers: int
 
 
 @triton.jit
@@ -170,16 +77,8 @@ def combine_ranks(
             other=0,
         )
         mine = tl.where(call.spacing > 0, link.rank * call.spacing, mine)
-        begin = (ticket - call.num_senders - TIMERS) * ROW.sums
-        stride = call.num_reducers * ROW.sums
-        # What comes next is waited for while rows are loaded.
-        heads = _await(own, sums, kept, begin, link, zone, call, number, ROW, G)
-        for first in range(begin, call.num_tokens, stride):
-            terms, weights = _load_terms(
-                own, rows, heads, mine, first, link, zone, call, number, ROW, G
-            )
-            heads = _await(own, sums, kept, first + stride, link, zone, call, number, ROW, G)
-            _add_up(sums, terms, weights, first, call, ROW, G)
+        nth = ticket - call.num_senders - TIMERS
+        _reduce(own, rows, sums, kept, mine, nth, link, zone, call, number, ROW, G)
 
 
 @triton.jit
@@ -207,12 +106,14 @@ def _send_chunk(rows, chunk, begin, there, link, zone, call, ROW: tl.constexpr, 
     words = words_at(rows.chunks, 4) + (unit[None, :] * G.size + peer[:, None]) * 2
     first = begin + tl.min(tl.load(words, mask=there, other=0x7FFFFFFF), 1)
     count = tl.sum(tl.load(words + 1, mask=there, other=0), 1)
-    STEPS: tl.constexpr = ROW.chunk // ROW.rows
+    steps = tl.maximum(tl.cdiv(tl.minimum(tl.max(count), ROW.chunk), ROW.rows), 1)
     # The next rows are loaded before these are stored, so that neither waits for the other.
-    payload, weights, token = _load_rows(rows, 0, chunk, first, count, link, call, ROW, G)
-    for step in range((G.size - 1) * STEPS):
-        ahead, more, others = _load_rows(rows, step + 1, chunk, first, count, link, call, ROW, G)
-        base = heap_of(link, _peer_of(step, chunk, link, ROW, G)) + zone.landing
+    payload, weights, token = _load_rows(rows, 0, steps, chunk, first, count, link, call, ROW, G)
+    for step in range((G.size - 1) * steps):
+        ahead, more, others = _load_rows(
+            rows, step + 1, steps, chunk, first, count, link, call, ROW, G
+        )
+        base = heap_of(link, _peer_of(step, steps, chunk, link, G)) + zone.landing
         _store_rows(payload, weights, base, token, link, call, ROW)
         payload, weights, token = ahead, more, others
 
@@ -234,21 +135,21 @@ def _store_rows(payload, weights, base, token, link, call, ROW: tl.constexpr):
 
 
 @triton.jit
-def _peer_of(step, chunk, link, ROW: tl.constexpr, G: tl.constexpr):
+def _peer_of(step, steps, chunk, link, G: tl.constexpr):
     """Whose rows a step is about: neither all ranks nor all programs write to the same one."""
     PEERS: tl.constexpr = max(G.size - 1, 1)
-    nth = step // (ROW.chunk // ROW.rows) + chunk
-    return (link.rank + 1 + nth % PEERS) % G.size
+    return (link.rank + 1 + (step // steps + chunk) % PEERS) % G.size
 
 
 @triton.jit
-def _load_rows(rows, step, chunk, first, count, link, call, ROW: tl.constexpr, G: tl.constexpr):
+def _load_rows(
+    rows, step, steps, chunk, first, count, link, call, ROW: tl.constexpr, G: tl.constexpr
+):
     """A few rows, one rank after another; their weights; and which tokens they are, -1 for none."""
-    STEPS: tl.constexpr = ROW.chunk // ROW.rows
     peer = tl.arange(0, G.padded)
-    dst = _peer_of(step, chunk, link, ROW, G)
-    is_dst = (peer == dst) & (step < (G.size - 1) * STEPS)
-    nth = step % STEPS * ROW.rows + tl.arange(0, ROW.rows)
+    dst = _peer_of(step, steps, chunk, link, G)
+    is_dst = (peer == dst) & (step < (G.size - 1) * steps)
+    nth = step % steps * ROW.rows + tl.arange(0, ROW.rows)
     row = tl.sum(tl.where(is_dst, first, 0)) + nth
     real = (nth < tl.sum(tl.where(is_dst, count, 0))) & (row < call.num_rows)
     word, slot = tl.arange(0, ROW.padded_words), tl.arange(0, ROW.padded_topk)
@@ -284,18 +185,66 @@ def _elements_at(address, ROW: tl.constexpr):
 
 
 @triton.jit
-def _await(own, sums, kept, first, link, zone, call, number, ROW: tl.constexpr, G: tl.constexpr):
-    """Wait for a few tokens; which of the rows that each rank has are theirs, -1 for none."""
-    src, token = tl.arange(0, G.padded), first + tl.arange(0, ROW.sums)
+def _reduce(
+    own, rows, sums, kept, mine, nth, link, zone, call, number, ROW: tl.constexpr, G: tl.constexpr
+):
+    """Add up every so many chunks of this rank's tokens, part by part.
+
+    A part is what some ranks have for a few tokens. The next one is loaded before one is added.
+    """
+    STEPS: tl.constexpr = ROW.parts * (ROW.chunk // ROW.sums)
+    num_chunks = tl.cdiv(tl.cdiv(call.num_tokens, ROW.chunk) - nth, call.num_reducers)
+    end = (nth + (num_chunks - 1) * call.num_reducers + 1) * ROW.chunk
+    missing = tl.maximum(end - call.num_tokens, 0) // ROW.sums  # of the last chunk
+    _await(own, nth, link, zone, call, number, ROW, G)
+    heads = _load_heads(sums, kept, 0, nth, call, ROW, G)
+    terms = _load_terms(own, rows, heads, mine, 0, nth, link, zone, call, number, ROW, G)
+    heads = _load_heads(sums, kept, 1, nth, call, ROW, G)
+    total = tl.zeros([ROW.sums, ROW.padded], tl.float32)
+    weights = tl.zeros([ROW.sums, ROW.padded_topk], tl.float32)
+    for step in range(num_chunks * STEPS - missing * ROW.parts):
+        if (step + 1) % STEPS == 0:
+            chunk = nth + (step + 1) // STEPS * call.num_reducers
+            _await(own, chunk, link, zone, call, number, ROW, G)
+        ahead = _load_terms(own, rows, heads, mine, step + 1, nth, link, zone, call, number, ROW, G)
+        heads = _load_heads(sums, kept, step + 2, nth, call, ROW, G)
+        total, weights = _add(total, weights, terms, step, ROW)
+        if (step + 1) % ROW.parts == 0:
+            _store_sums(sums, total, weights, step, nth, call, ROW, G)
+        terms = ahead
+
+
+@triton.jit
+def _part_of(step, nth, call, ROW: tl.constexpr):
+    """The tokens, and the first of the ranks, that a step of a program is about."""
+    STEPS: tl.constexpr = ROW.parts * (ROW.chunk // ROW.sums)
+    chunk, inside = nth + step // STEPS * call.num_reducers, step % STEPS
+    token = chunk * ROW.chunk + inside // ROW.parts * ROW.sums + tl.arange(0, ROW.sums)
+    return token, inside % ROW.parts * ROW.terms
+
+
+@triton.jit
+def _await(own, chunk, link, zone, call, number, ROW: tl.constexpr, G: tl.constexpr):
+    """Wait for the rows of a chunk of this rank's tokens, from all ranks."""
+    src = tl.arange(0, G.padded)[:, None]
+    unit = chunk * (ROW.chunk // ROW.unit) + tl.arange(0, ROW.chunk // ROW.unit)[None, :]
+    flags = words_at(own + zone.flags, 4) + src * call.num_flags + unit
+    there = (src < G.size) & (src != link.rank) & (unit * ROW.unit < call.num_tokens)
+    wait_flags(flags, there, src + unit * 0, number, link, SUMS, G, 0)
+
+
+@triton.jit
+def _load_heads(sums, kept, step, nth, call, ROW: tl.constexpr, G: tl.constexpr):
+    """Which of the rows that ranks have are those of a few tokens, -1 for none."""
+    token, rank = _part_of(step, nth, call, ROW)
+    src = tl.arange(0, G.padded)
     heads = ()
-    SIZE: tl.constexpr = G.size
-    for r in tl.static_range(SIZE):
-        words = words_at(sums.send_head, 4) + token * SIZE + r
-        head = tl.load(words, mask=token < call.num_tokens, other=-1)
+    TERMS: tl.constexpr = ROW.terms
+    for each in tl.static_range(TERMS):
+        r = rank + each
+        words = words_at(sums.send_head, 4) + token * G.size + r
+        head = tl.load(words, mask=(token < call.num_tokens) & (r < G.size), other=-1)
         heads = heads + (tl.where(head < tl.sum(tl.where(src == r, kept, 0)), head, -1),)
-    flags = words_at(own + zone.flags, 4) + src * call.num_flags + first // ROW.unit
-    there = (src < G.size) & (src != link.rank) & (first < call.num_tokens)
-    wait_flags(flags, there, src, number, link, SUMS, G, 0)
     return heads
 
 
@@ -308,43 +257,65 @@ def _sums_of(term, ROW: tl.constexpr):
 
 @triton.jit
 def _load_terms(
-    own, rows, heads, mine, first, link, zone, call, number, ROW: tl.constexpr, G: tl.constexpr
+    own,
+    rows,
+    heads,
+    mine,
+    step,
+    nth,
+    link,
+    zone,
+    call,
+    number,
+    ROW: tl.constexpr,
+    G: tl.constexpr,
 ):
-    """What each rank has for a few tokens, zeros if nothing, and the sums of their weights."""
-    token = first + tl.arange(0, ROW.sums)
+    """What ranks have for a few tokens, zeros if nothing, and the weights of each."""
+    token, rank = _part_of(step, nth, call, ROW)
     lane, slot = tl.arange(0, ROW.padded), tl.arange(0, ROW.padded_topk)
-    terms, weights = (), tl.zeros([ROW.sums, ROW.padded_topk], tl.float32)
-    SIZE: tl.constexpr = G.size
-    for r in tl.static_range(SIZE):
+    terms = ()
+    TERMS: tl.constexpr = ROW.terms
+    for each in tl.static_range(TERMS):
+        r = rank + each
         landed = (r * call.num_slots + token).to(tl.int64) * ROW.stride + (own + zone.landing)
-        row = (mine + heads[r]).to(tl.int64)
+        row = (mine + heads[each]).to(tl.int64)
         at = tl.where(r == link.rank, rows.x + row * ROW.num_bytes, landed)
-        there = (heads[r] >= 0)[:, None]
+        there = (heads[each] >= 0)[:, None]
         words = _elements_at(at, ROW)[:, None] + lane[None, :]
         term = tl.load(words, mask=there & (lane < ROW.hidden)[None, :], other=0.0)
         if ROW.checked & (r != link.rank):
-            told = tl.load(words_at(landed + ROW.check_at, 8), mask=heads[r] >= 0, other=0)
-            check_sums(_sums_of(term, ROW), told, heads[r] >= 0, r, number, link, G)
-        terms = terms + (term,)
+            told = tl.load(words_at(landed + ROW.check_at, 8), mask=heads[each] >= 0, other=0)
+            check_sums(_sums_of(term, ROW), told, heads[each] >= 0, r, number, link, G)
+        weights = slot[None, :]
         if ROW.num_topk:
             own_weights = rows.topk_weights + row * (4 * ROW.num_topk)
             at = tl.where(r == link.rank, own_weights, landed + ROW.weights_at)
             words = words_at(at, 4)[:, None] + slot[None, :]
-            bits = tl.load(words, mask=there & (slot < ROW.num_topk)[None, :], other=0)
-            weights += bits.to(tl.float32, bitcast=True)
-    return terms, weights
+            weights = tl.load(words, mask=there & (slot < ROW.num_topk)[None, :], other=0)
+        terms = terms + ((term, weights),)
+    return terms
 
 
 @triton.jit
-def _add_up(sums, terms, weights, first, call, ROW: tl.constexpr, G: tl.constexpr):
-    """Add up what ranks have for a few tokens, in rank order, then the biases, and round once."""
-    token = first + tl.arange(0, ROW.sums)
+def _add(total, weights, terms, step, ROW: tl.constexpr):
+    """Add a part to those of other ranks before, in rank order."""
+    total = tl.where(step % ROW.parts == 0, 0.0, total)
+    weights = tl.where(step % ROW.parts == 0, 0.0, weights)
+    TERMS: tl.constexpr = ROW.terms
+    for each in tl.static_range(TERMS):
+        term, bits = terms[each]
+        total += term.to(tl.float32)
+        if ROW.num_topk:
+            weights += bits.to(tl.float32, bitcast=True)
+    return total, weights
+
+
+@triton.jit
+def _store_sums(sums, total, weights, step, nth, call, ROW: tl.constexpr, G: tl.constexpr):
+    """Add the biases to the sums of a few tokens, round once, and write them."""
+    token, _ = _part_of(step, nth, call, ROW)
     lane, slot = tl.arange(0, ROW.padded), tl.arange(0, ROW.padded_topk)
     cells = (token < call.num_tokens)[:, None] & (lane < ROW.hidden)[None, :]
-    total = tl.zeros([ROW.sums, ROW.padded], tl.float32)
-    SIZE: tl.constexpr = G.size
-    for r in tl.static_range(SIZE):
-        total += terms[r].to(tl.float32)
     at = token.to(tl.int64) * ROW.num_bytes
     if ROW.num_bias > 0:
         words = _elements_at(sums.bias + at, ROW)[:, None] + lane[None, :]
