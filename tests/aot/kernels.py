@@ -99,6 +99,7 @@ class Shape(NamedTuple):
         checked: whether sums of rows travel with them.
         shrinks: whether low-latency calls go on without ranks that are late.
         pulls: whether a combine of views reads what the other ranks have written.
+        is_few: whether few programs make a high-throughput call.
     """
 
     kernel: str
@@ -118,6 +119,7 @@ class Shape(NamedTuple):
     checked: bool = False
     shrinks: bool = False
     pulls: bool = False
+    is_few: bool = False
 
 
 class Tile(NamedTuple):
@@ -235,6 +237,7 @@ def row_of(shape: Shape) -> rank_records.RankRow:
         has_weights=shape.brings_weights,
         local=shape.num_local,
         viewed=shape.viewed,
+        few_programs=shape.is_few,
         checked=shape.checked,
     )
 
@@ -282,6 +285,7 @@ def make_combine_ranks(shape: Shape, capability: int) -> tuple[Kernel, Tile]:
         num_topk=num_topk,
         num_bias=shape.num_bias,
         num_ranks=shape.num_ranks,
+        few_programs=shape.is_few,
         checked=shape.checked,
     )
     sums = row.sums * row.padded * element.itemsize if row.word == 16 else 0

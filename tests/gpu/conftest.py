@@ -19,7 +19,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Kernels are compiled meanwhile, where the plugin is installed as well."""
     for item in items:
         if Path(__file__).parent in item.path.parents:
-            item.add_marker(pytest.mark.timeout(120 + COMPILING_S), append=False)
+            item.add_marker(pytest.mark.timeout(500 + COMPILING_S), append=False)
 
 
 @pytest.fixture(scope="session")

@@ -11,9 +11,10 @@ import torch
 import triton.language as tl
 from triton import knobs
 
+from crossdock import formats
 from crossdock.device.constants import aligned, constants, next_power_of_two, widest_word
 from crossdock.device.launch import Kernel, model_of, starter
-from crossdock.device.rank_kernels import shares
+from crossdock.device.rank_kernels import back_row, is_few, rank_row, shares
 from crossdock.device.streams import Branch
 from crossdock.ops.triton import expert_records, expert_sums, rank_records, rank_routes
 from crossdock.ops.triton.links import Address, Link
@@ -195,6 +196,34 @@ def test_programs_are_shared_between_two_kinds_of_work(num_sms: int, back: bool)
     found = shares(num_sms, back=back)
     assert min(found) >= 1
     assert sum(found) == max(num_sms, 2)
+
+
+@pytest.mark.parametrize(
+    ("num_sms", "options", "wanted", "is_small"),
+    [
+        (24, {}, (10, 14), True),
+        (24, {"back": True}, (12, 12), True),
+        (128, {}, (32, 96), False),
+        (128, {"back": True}, (64, 64), False),
+        (128, {"senders": 8}, (8, 120), False),
+    ],
+)
+def test_few_programs_have_large_chunks(
+    num_sms: int, options: dict[str, Any], wanted: tuple[int, int], is_small: bool
+) -> None:
+    found = shares(num_sms, **options)
+    assert found == wanted
+    assert is_few(found) == is_small
+
+
+def test_chunks_are_those_of_many_programs_or_of_few() -> None:
+    form, common = formats.BF16.row(64), {"num_topk": 2, "has_weights": False, "local": 1}
+    there = [rank_row(form, **common, few_programs=few).chunk for few in (False, True)]
+    back = [
+        back_row(torch.bfloat16, 64, num_topk=0, num_bias=0, num_ranks=2, few_programs=few).chunk
+        for few in (False, True)
+    ]
+    assert (there, back) == ([16, 32], [4, 16])
 
 
 def test_without_streams_there_is_one_line_of_work() -> None:

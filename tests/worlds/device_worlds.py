@@ -21,6 +21,7 @@ from unittest import mock
 
 from crossdock import Buffer
 from crossdock.cases import ROUTING_CASES, Routing, RoutingCase
+from crossdock.device import rank_kernels
 from crossdock.worlds import Pool
 from tests.worlds import low_latency_worlds as low_latency
 
@@ -68,7 +69,9 @@ def _interpreted(group: Any, fn: Callable[..., Any], *args: Any) -> Any:
     of_numpy = {"category": RuntimeWarning, "module": r"triton\.runtime\.interpreter"}
     warnings.filterwarnings("ignore", **of_numpy)
     Buffer.set_num_sms(FEW_PROGRAMS)
-    with quick_interpreter(), poisoned_landings():
+    # Chunks stay as small as those of many programs, so that a few tokens are several of them.
+    small_chunks = mock.patch.object(rank_kernels, "_FEW_PROGRAMS", 0)
+    with quick_interpreter(), poisoned_landings(), small_chunks:
         return fn(group, *args)
 
 

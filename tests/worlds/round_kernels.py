@@ -11,7 +11,7 @@ import triton.language as tl
 
 from crossdock.device.launch import Kernel
 from crossdock.ops.triton.links import MASKED, Address, Group, Link, heap_of, words_at
-from crossdock.ops.triton.sync import has_credit, look_for_credit, wait_all_tagged
+from crossdock.ops.triton.sync import has_credit, look_for_credit, wait_singled
 
 WRITTEN = 128
 """Offset in the heap of what others write to it, behind the words to watch."""
@@ -44,7 +44,7 @@ def ask_for_credit(asked, link, G: tl.constexpr):
 def ask_for_words(asked, link, G: tl.constexpr):
     rank = tl.arange(0, G.padded)
     words = words_at(heap_of(link, link.rank) + link.credits, 8) + rank
-    data, come = wait_all_tagged(words, rank < G.size, rank, asked.number, link, 1, G)
+    data, come = wait_singled(words, rank < G.size, rank, asked.number, link, 1, G)
     tl.store(words_at(asked.found, 4), tl.where(come, tl.sum(data), -1))
 
 

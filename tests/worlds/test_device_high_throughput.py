@@ -31,7 +31,7 @@ from tests.worlds.test_high_throughput import (
 )
 
 MOST = 19
-"""Tokens of a rank: three flags, five on the way back."""
+"""Tokens of a rank: two chunks, five on the way back."""
 TURNS = [
     ["bf16 of odd width", "fp8, fp32 scales"],
     ["bf16", "fp16"],
@@ -68,11 +68,11 @@ def test_rows_arrive_on_four_ranks(interpreted_pool, monkeypatch):
     go_there_and_back(interpreted_pool, monkeypatch, 4, "uneven", ["bf16 of odd width"])
 
 
-def go_with_knobs(group, routing, config, few_senders):
-    """Few programs, each with several chunks."""
+def go_with_knobs(group, routing, config, few_programs):
+    """Programs with several chunks each, small ones or large ones."""
     rank, kind = group.rank(), KINDS["bf16"]
     topk_idx = routing.topk_idxs[rank]
-    few = mock.patch.object(rank_kernels, "_FEW_SENDERS", few_senders)
+    few = mock.patch.object(rank_kernels, "_FEW_PROGRAMS", few_programs)
     with few, open_buffer(group, "device") as buffer, world.poisoned_allocations():
         made = buffer.dispatch(
             kind.make(rank, len(topk_idx), kind.hidden),
@@ -88,15 +88,20 @@ def go_with_knobs(group, routing, config, few_senders):
 
 
 @pytest.mark.parametrize(
-    ("config", "few_senders"),
-    [(Config(4), 24), (Config(4), 0), (Config(3, num_send_sms=1, tile_bytes=256), 24)],
+    ("config", "few_programs", "lengths"),
+    [
+        (Config(4), 32, (75, 46)),
+        (Config(4), 0, (75, 46)),
+        (Config(3, num_send_sms=1, tile_bytes=1024), 0, (9, 19, 0)),  # two of three at a time
+    ],
 )
-def test_knobs_change_no_result(interpreted_pool, config, few_senders):
+def test_knobs_change_no_result(interpreted_pool, config, few_programs, lengths):
     generator = torch.Generator().manual_seed(3)
-    idxs = [torch.randint(-1, 4, (length, 2), generator=generator) for length in (75, 46)]
-    routing = Routing(idxs, 4)
-    job = (go_with_knobs, routing, config, few_senders)
-    got, returned = zip(*interpreted_pool.run(*job, num_ranks=2), strict=True)
+    num_experts = 2 * len(lengths)
+    idxs = [torch.randint(-1, num_experts, (length, 2), generator=generator) for length in lengths]
+    routing = Routing(idxs, num_experts)
+    job = (go_with_knobs, routing, config, few_programs)
+    got, returned = zip(*interpreted_pool.run(*job, num_ranks=len(lengths)), strict=True)
     right = world.oracle_dispatch(routing, KINDS["bf16"])
     assert not dispatch_faults(got, right)
     world.check_returned(returned, right, routing, KINDS["bf16"])

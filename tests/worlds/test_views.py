@@ -25,7 +25,7 @@ from tests.worlds.test_high_throughput import (
 )
 
 MOST = 19
-"""Tokens of a rank: two chunks, three on the way back."""
+"""Tokens of a rank: two chunks, five on the way back."""
 NUM_SLOTS = 21
 
 

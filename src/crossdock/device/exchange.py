@@ -304,7 +304,7 @@ class DeviceExchange:
                 pads=kind.pads,
                 viewed=viewed,
                 counts_waits=kind.counts_waits,
-                few_senders=is_few(
+                few_programs=is_few(
                     shares(config.num_sms, senders=config.num_send_sms, viewed=viewed)
                 ),
                 checked=kind.checked,

@@ -41,8 +41,8 @@ _DISPATCH_WORDS, _COMBINE_WORDS = 4096, 8192
 """Words of 8 bytes that a program moves at once."""
 _FEW_CHOICES, _FEW_EXPERTS = 16, 256
 """There is room for so many in any case, so that a heap need not grow for them."""
-_FEW_SENDERS = 24
-"""Each has so many rows to send that the last ones of a larger piece are not what is waited for."""
+_FEW_PROGRAMS = 32
+"""Each has so much to do that the last of a larger piece is not what is waited for."""
 _DTYPES = MappingProxyType(
     {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 )
@@ -55,7 +55,7 @@ def rank_row(
     has_weights: bool,
     local: int,
     viewed: bool = False,
-    few_senders: bool = False,
+    few_programs: bool = False,
     checked: bool = False,
     tile_bytes: int = 0,
 ) -> rank_records.RankRow:
@@ -80,7 +80,7 @@ def rank_row(
         has_weights=has_weights,
         local=local,
         rows=_rows_at_once(tile_bytes // 8 or _DISPATCH_WORDS, padded),
-        chunk=(4 if few_senders else 2) * UNIT,
+        chunk=(4 if few_programs else 2) * UNIT,
         unit=UNIT,
         back=BACK_UNIT,
         checked=checked,
@@ -95,7 +95,7 @@ def back_row(
     num_topk: int,
     num_bias: int,
     num_ranks: int,
-    few_senders: bool = False,
+    few_programs: bool = False,
     checked: bool = False,
     tile_bytes: int = 0,
 ) -> rank_records.BackRow:
@@ -127,7 +127,7 @@ def back_row(
         sums=_rows_at_once(most // terms, columns),
         terms=terms,
         parts=-(-num_ranks // terms),
-        chunk=(8 if few_senders else 1) * BACK_UNIT,
+        chunk=(4 if few_programs else 1) * BACK_UNIT,
         unit=BACK_UNIT,
         checked=checked,
     )
@@ -166,8 +166,9 @@ def place_kernel(
 
 @functools.cache
 def combine_kernel(row: rank_records.BackRow, group: Group, *, times: bool = False) -> Kernel:
-    """The kernel that sends rows back and adds them up."""
-    num_warps = _num_warps(row.rows * row.padded_words)
+    """The kernel that sends rows back and adds them up; of those two parts are in registers."""
+    num_rows = max(row.rows, row.terms * row.sums // 2)
+    num_warps = _num_warps(num_rows * row.padded_words)
     return Kernel(rank_sums.combine_ranks, row, times, group, num_warps=num_warps)
 
 
@@ -183,7 +184,7 @@ class DispatchShape(NamedTuple):
         pads: whether the result has rows behind those that come.
         viewed: whether rows stay where they land.
         counts_waits: whether programs measure how long each rank is waited for.
-        few_senders: see `is_few`.
+        few_programs: see `is_few`.
         checked: whether sums of rows travel with them.
         num_tokens: tokens of a rank to make room for in advance.
         tile_bytes: see `Config`.
@@ -198,7 +199,7 @@ class DispatchShape(NamedTuple):
     pads: bool
     viewed: bool
     counts_waits: bool
-    few_senders: bool
+    few_programs: bool
     checked: bool
     num_tokens: int
     tile_bytes: int
@@ -233,7 +234,7 @@ def plan_dispatch(shape: DispatchShape) -> DispatchPlan:
         has_weights=shape.has_weights,
         local=shape.local,
         viewed=shape.viewed,
-        few_senders=shape.few_senders,
+        few_programs=shape.few_programs,
         checked=shape.checked,
         tile_bytes=shape.tile_bytes,
     )
@@ -267,7 +268,7 @@ class CombineShape(NamedTuple):
     num_topk: int
     num_bias: int
     counts_waits: bool
-    few_senders: bool
+    few_programs: bool
     checked: bool
     tile_bytes: int
     group: Group
@@ -294,7 +295,7 @@ def plan_combine(shape: CombineShape) -> CombinePlan:
         num_topk=shape.num_topk,
         num_bias=shape.num_bias,
         num_ranks=shape.group.size,
-        few_senders=shape.few_senders,
+        few_programs=shape.few_programs,
         checked=shape.checked,
         tile_bytes=shape.tile_bytes,
     )
@@ -331,8 +332,8 @@ def shares(num_sms: int, *, senders: int = 0, back: bool = False, viewed: bool =
 
 
 def is_few(shares: Shares) -> bool:
-    """Whether so few programs send that they had better raise more flags at a time."""
-    return shares.senders < _FEW_SENDERS
+    """Whether there are so few programs that they had better raise, and wait for, more flags."""
+    return max(shares) < _FEW_PROGRAMS
 
 
 def _rows_at_once(most: int, padded: int) -> int:

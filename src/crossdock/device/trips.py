@@ -119,7 +119,7 @@ class Trip:
     def send(self) -> None:
         """Send this rank's rows, beside what is launched next."""
         engine, plan = self._engine, self._plan
-        programs = max(min(self._shares.senders, -(-self.num_tokens // plan.row.unit)), 1)
+        programs = max(min(self._shares.senders, -(-self.num_tokens // plan.row.chunk)), 1)
         arguments = (
             self._sent,
             engine.link(self.memory, self._call, State.SEND),

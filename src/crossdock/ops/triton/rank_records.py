@@ -210,7 +210,7 @@ class BackZone(NamedTuple):
 
     Attributes:
         landing: [R, M] rows, by the rank that sends them.
-        flags: [R, C] int32, the number of the round.
+        flags: [R, B] int32, the number of the round.
         kept: [R] tagged: rows of this rank that a rank has.
     """
 
@@ -220,7 +220,7 @@ class BackZone(NamedTuple):
 
 
 class BackCall(NamedTuple):
-    """What changes from call to call: T, M, C, N, and programs.
+    """What changes from call to call: T, M, B, N, and programs.
 
     Attributes:
         spacing: rows from those of a source to those of the next one; 0 where there are no gaps.
